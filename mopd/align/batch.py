@@ -1,0 +1,92 @@
+"""Rollouts with their teachers' rows -> right-padded micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from mopd.types import MicroBatch, Rollout, TeacherRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One rollout and what each of its teachers says; positions count response tokens."""
+
+    rollout: Rollout
+    rows: Mapping[str, TeacherRows]
+
+
+def make_micro_batches(
+    samples: Sequence[Sample], *, micro_batch_size: int, pad_id: int
+) -> tuple[MicroBatch, ...]:
+    """Micro-batches of one common padded length, in the order of ``samples``.
+
+    The student reads prompt + response; row i predicts token i + 1, so the response token s of a
+    prompt of P tokens is predicted by row P - 1 + s. Labels are never shifted again.
+    """
+    longest = max(len(s.rollout.prompt_ids) + len(s.rollout.token_ids) for s in samples)
+    return tuple(
+        _micro_batch(samples[i : i + micro_batch_size], length=longest, pad_id=pad_id)
+        for i in range(0, len(samples), micro_batch_size)
+    )
+
+
+def _micro_batch(samples: Sequence[Sample], *, length: int, pad_id: int) -> MicroBatch:
+    tokens = np.full((len(samples), length), pad_id, dtype=np.int64)
+    mask = np.zeros((len(samples), length), dtype=bool)
+    lengths = np.zeros(len(samples), dtype=np.int64)
+    per_teacher: dict[str, list[TeacherRows]] = {}
+    for b, sample in enumerate(samples):
+        rollout = sample.rollout
+        prompt, total = len(rollout.prompt_ids), len(rollout.prompt_ids) + len(rollout.token_ids)
+        tokens[b, :prompt], tokens[b, prompt:total] = rollout.prompt_ids, rollout.token_ids
+        mask[b, prompt - 1 : total - 1] = rollout.loss_mask
+        lengths[b] = total
+        for name, rows in sample.rows.items():
+            per_teacher.setdefault(name, []).append(_moved(rows, b * length + prompt - 1))
+    return MicroBatch(
+        tokens=tokens,
+        lengths=lengths,
+        response_mask=mask,
+        rows={name: concatenate_rows(parts) for name, parts in per_teacher.items()},
+    )
+
+
+def _moved(rows: TeacherRows, offset: int) -> TeacherRows:
+    return replace(
+        rows,
+        position=rows.position + offset,
+        token_position=rows.token_position + offset,
+        path_position=rows.path_position + offset,
+    )
+
+
+def concatenate_rows(parts: Sequence[TeacherRows]) -> TeacherRows:
+    """Rows of several samples of one teacher, one after the other; narrower top-k is padded."""
+    width = max(part.topk_ids.shape[1] for part in parts)
+    chunks_before = np.cumsum([0, *(len(part.position) for part in parts)])
+    targets_before = np.cumsum([0, *(len(part.path_target) for part in parts)])
+    columns: dict[str, np.ndarray] = {}
+    for field in fields(TeacherRows):
+        if field.name in ("teacher", "path_offsets"):
+            continue
+        arrays = [getattr(part, field.name) for part in parts]
+        if field.name == "topk_ids":
+            arrays = [_pad(a, width, -1) for a in arrays]
+        elif field.name == "topk_logprobs":
+            arrays = [_pad(a, width, -np.inf) for a in arrays]
+        elif field.name == "token_chunk":
+            arrays = [a + n for a, n in zip(arrays, chunks_before[:-1], strict=True)]
+        columns[field.name] = np.concatenate(arrays)
+    offsets = [p.path_offsets[1:] + n for p, n in zip(parts, targets_before[:-1], strict=True)]
+    return TeacherRows(
+        teacher=parts[0].teacher,
+        path_offsets=np.concatenate([np.zeros(1, dtype=np.int64), *offsets]),
+        **columns,
+    )
+
+
+def _pad(values: np.ndarray, width: int, fill: float) -> np.ndarray:
+    return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=fill)

@@ -1,0 +1,1 @@
+"""The `mopd` command."""

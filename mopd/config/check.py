@@ -1,0 +1,178 @@
+"""Mistakes that only show when sections are read together, found before any model is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from mopd.config.keys import printable
+from mopd.config.model_shape import check_layout, read_model_config
+from mopd.config.schema import RolloutBackendSection, RunConfig, TeacherBackendSection
+from mopd.errors import ConfigError
+
+FILL_IN = "or use launch/train.py, which fills in the embedded world"
+TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def check_config(config: RunConfig, *, world_size: int) -> None:
+    """Raise ConfigError, one line with the key and the remedy, at the first mistake.
+
+    Reads the file system (paths, config.json), no weights.
+    """
+    problems = chain(
+        _teachers(config),
+        _backends(config),
+        _losses(config),
+        _schedule(config),
+        _paths(config),
+        _sizes(config, world_size),
+    )
+    problem = next(problems, None)
+    if problem is not None:
+        raise ConfigError(printable(problem))
+
+
+def _teachers(config: RunConfig) -> Iterator[str]:
+    teachers = config.teachers
+    if not teachers:
+        yield "teachers: is empty; add one, as in teachers.math.model=<dir>"
+        return
+    for name in teachers:
+        if not TEACHER_NAME.fullmatch(name):
+            yield f"teachers.{name}: a name has letters, digits, `-` and `_` only; rename it"
+    if all(teacher.weight == 0 for teacher in teachers.values()):
+        yield "teachers.<name>.weight: all are 0, so nothing is learned; raise one"
+    default = config.distillation.default_teacher
+    if default is not None and default not in teachers:
+        yield (
+            f"distillation.default_teacher: `{default}` is not a teacher; "
+            f"choose one of {', '.join(teachers)}, or null"
+        )
+
+
+def _backends(config: RunConfig) -> Iterator[str]:
+    yield from _target("rollout.backend", config.rollout.backend)
+    for name, teacher in config.teachers.items():
+        yield from _target(f"teachers.{name}.backend", teacher.backend)
+    rollout = config.rollout.backend
+    if rollout.type == "replay" and rollout.path is None:
+        yield "rollout.backend.path: is not set; a replay needs the journal of another run"
+    if rollout.type != "replay" and rollout.path is not None:
+        yield "rollout.backend.path: is only read by type=replay; set that type, or path=null"
+
+
+def _target(prefix: str, backend: TeacherBackendSection | RolloutBackendSection) -> Iterator[str]:
+    target = backend.target
+    if backend.type != "custom":
+        if target is not None:
+            yield f"{prefix}.target: is only read by type=custom; set that type, or target=null"
+    elif target is None:
+        yield f"{prefix}.target: is not set; type=custom needs package.module:Name"
+    elif not TARGET.fullmatch(target):
+        yield f"{prefix}.target: expected package.module:Name, got `{target}`"
+
+
+def _losses(config: RunConfig) -> Iterator[str]:
+    matched, unmatched = config.gold.matched_weight, config.gold.unmatched_weight
+    if (matched is None) != (unmatched is None):
+        missing = "matched_weight" if matched is None else "unmatched_weight"
+        yield f"gold.{missing}: is not set, but its partner is; set both, or neither"
+    if matched == 0 and unmatched == 0:
+        yield "gold.matched_weight, gold.unmatched_weight: both are 0; raise one"
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    optimizer = config.student.optimizer
+    total = optimizer.lr_warmup_fraction + optimizer.lr_decay_fraction
+    if total > 1.0:
+        yield (
+            f"student.optimizer: lr_warmup_fraction + lr_decay_fraction = {total:g} is more than "
+            "the whole run; lower one of them"
+        )
+
+
+def _paths(config: RunConfig) -> Iterator[str]:
+    student = config.student
+    yield from _model_dir("student.model", student.model)
+    tokenizer_key = "student.tokenizer" if student.tokenizer else "student.model"
+    yield from _tokenizer_dir(tokenizer_key, student.tokenizer or student.model)
+    for name, teacher in config.teachers.items():
+        key = f"teachers.{name}"
+        if teacher.backend.type == "hf":
+            yield from _model_dir(f"{key}.model", teacher.model)
+        tokenizer_key = f"{key}.tokenizer" if teacher.tokenizer else f"{key}.model"
+        yield from _tokenizer_dir(tokenizer_key, teacher.tokenizer or teacher.model)
+        if teacher.projection_matrix_path is not None:
+            yield from _file(f"{key}.projection_matrix_path", teacher.projection_matrix_path)
+    if config.data.path is None:
+        yield f"data.path: is not set; set it, {FILL_IN}"
+    else:
+        yield from _file("data.path", config.data.path)
+    if config.data.heldout_path is not None:
+        yield from _file("data.heldout_path", config.data.heldout_path)
+    elif config.evaluate.fail_if_not_learned:
+        yield (
+            "data.heldout_path: is not set, so learning cannot be measured; set it, or "
+            "evaluate.fail_if_not_learned=false"
+        )
+    if config.rollout.backend.path is not None and not Path(config.rollout.backend.path).exists():
+        yield f"rollout.backend.path: {config.rollout.backend.path} does not exist; correct it"
+
+
+def _model_dir(key: str, model: str | None) -> Iterator[str]:
+    if model is None:
+        yield f"{key}: is not set; set it to a Hugging Face directory, {FILL_IN}"
+    elif not Path(model).is_dir():
+        yield f"{key}: {model} is not a directory; download the model and give its directory"
+    elif not (Path(model) / "config.json").is_file():
+        yield f"{key}: {model} has no config.json; give a Hugging Face model directory"
+
+
+def _tokenizer_dir(key: str, tokenizer: str | None) -> Iterator[str]:
+    if tokenizer is None:
+        yield f"{key}: is not set; set it to a Hugging Face directory, {FILL_IN}"
+    elif not any((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
+        yield (
+            f"{key}: {tokenizer} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); "
+            f"set {key.rpartition('.')[0]}.tokenizer to a directory that has one"
+        )
+
+
+def _file(key: str, path: str) -> Iterator[str]:
+    if not Path(path).is_file():
+        yield f"{key}: {path} is not a file; correct it"
+
+
+def _sizes(config: RunConfig, world_size: int) -> Iterator[str]:
+    parallel = config.student.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
+    if world_size % (tp * pp * cp):
+        yield (
+            f"student.parallel: tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp} does "
+            f"not divide the world size {world_size}; start a multiple of {tp * pp * cp} ranks"
+        )
+        return
+    yield from _batch_split(config, data_parallel=world_size // (tp * pp * cp))
+    assert config.student.model is not None  # _paths comes first
+    shape = read_model_config(Path(config.student.model))
+    yield from check_layout(shape, parallel, world_size)
+
+
+def _batch_split(config: RunConfig, *, data_parallel: int) -> Iterator[str]:
+    prompts = config.train.num_prompts_per_step
+    generations = config.rollout.num_generations_per_prompt
+    if (prompts * generations) % data_parallel == 0:
+        return
+    fitting = prompts
+    while (fitting * generations) % data_parallel:
+        fitting += 1
+    yield (
+        f"train.num_prompts_per_step={prompts} x rollout.num_generations_per_prompt={generations} "
+        f"is not divisible by the data-parallel size {data_parallel}; "
+        f"train.num_prompts_per_step={fitting} would fit"
+    )

@@ -1,0 +1,203 @@
+"""Every key of a recipe, its type and its only default. Unknown keys are errors.
+
+Names follow Megatron-LM (parallel sizes, optimizer), TRL (`beta`, `temperature`, `lmbda`) and the
+cross-tokenizer papers (`max_length`, `gamma`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+LossName = Literal["ctkd", "gold", "kl"]
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+
+class RunSection(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dir: str = "runs"
+    seed: NonNegativeInt = 1
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    threads: PositiveInt | None = None  # torch threads per rank; None shares the cores evenly
+    overwrite: bool = False  # start afresh where a run of this name exists
+
+
+class ParallelSection(Section):
+    """Megatron's parallel axes; the data-parallel size is what is left of the world size."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    context_parallel_size: PositiveInt = 1
+
+
+class OptimizerSection(Section):
+    """Adam with Megatron's learning-rate schedule: warm-up, constant, linear decay to `min_lr`."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 1e-5
+    min_lr: NonNegativeFloat = 0.0
+    adam_beta1: Probability = 0.9
+    adam_beta2: Probability = 0.98
+    adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    clip_grad: NonNegativeFloat = 1.0
+    lr_warmup_fraction: Probability = 0.05  # the first part of the run, in which lr rises
+    lr_decay_fraction: Probability = 0.4  # the last part, in which lr falls to min_lr
+
+
+class StudentSection(Section):
+    """The model that learns. `model` is a Hugging Face directory (Llama, Qwen2, Qwen3 dense)."""
+
+    model: str | None = None
+    tokenizer: str | None = None  # defaults to `model`
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    parallel: ParallelSection = ParallelSection()
+    optimizer: OptimizerSection = OptimizerSection()
+
+
+class TeacherBackendSection(Section):
+    """`hf`: in-process transformers. `uniform`: every token equally likely, a negative control."""
+
+    type: Literal["hf", "uniform", "custom"] = "hf"
+    target: str | None = None  # package.module:Name, for `custom`
+    batch_size: PositiveInt = 64
+
+
+class TeacherSection(Section):
+    """One teacher. It judges the domains it lists; an empty list means all of them."""
+
+    model: str | None = None
+    tokenizer: str | None = None  # defaults to `model`
+    weight: NonNegativeFloat = 1.0
+    loss: LossName | None = None  # None takes `distillation.loss`
+    domains: tuple[str, ...] = ()
+    projection_matrix_path: str | None = None  # None builds it and caches it under `cache_dir`
+    backend: TeacherBackendSection = TeacherBackendSection()
+
+
+class DistillationSection(Section):
+    """What all losses share."""
+
+    loss: LossName = "ctkd"
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0  # of the loss, not of sampling
+    top_k: PositiveInt = 64  # teacher's support per position; the rest is one tail bin
+    teacher_key: str = "domain"  # the field of a data row that routes it to teachers
+    default_teacher: str | None = None  # judges rows that no teacher lists; None refuses them
+    alignment: Literal["bytes", "position"] = "bytes"  # `position` is a negative control
+    max_failed_share: Probability = 0.5  # a batch with more unscored answers stops the run
+
+
+class CtkdSection(Section):
+    """Projection-matrix KL at common byte boundaries (X-Token 2605.21699, with fold and path)."""
+
+    max_length: PositiveInt = 4
+    gamma: NonNegativeFloat = 0.0
+    beta: Probability = 0.0  # 0 forward KL, 1 reverse KL, between: generalized JSD
+    unreachable: Literal["fold", "rest"] = "fold"
+    path_terms: bool = True
+    lambda_chunk: NonNegativeFloat = 0.0
+
+
+class GoldSection(Section):
+    """Common-vocabulary divergence plus sorted L1 on the rest (GOLD / ULD 2402.12030)."""
+
+    beta: Probability = 0.5
+    matched_weight: NonNegativeFloat | None = None  # both None: |matched| / V_T and 1 - that
+    unmatched_weight: NonNegativeFloat | None = None
+    top_u: PositiveInt = 512
+    lambda_chunk: NonNegativeFloat = 0.0
+
+
+class KlSection(Section):
+    """Same-tokenizer divergence on the teacher's top-k plus tail."""
+
+    beta: Probability = 1.0
+
+
+class RolloutBackendSection(Section):
+    """`hf`: in-process transformers. `replay`: reads the journal of another run at `path`."""
+
+    type: Literal["hf", "replay", "custom"] = "hf"
+    path: str | None = None
+    target: str | None = None
+
+
+class RolloutSection(Section):
+    """How the student samples its own answers."""
+
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    max_new_tokens: PositiveInt = 128
+    num_generations_per_prompt: PositiveInt = 1
+    backend: RolloutBackendSection = RolloutBackendSection()
+
+
+class DataSection(Section):
+    """JSONL of chat `messages`, an optional checkable `answer`, an `id` and a routing field."""
+
+    path: str | None = None
+    heldout_path: str | None = None
+
+
+class EvaluateSection(Section):
+    """Greedy accuracy on the held-out rows, before and after."""
+
+    max_prompts_per_domain: PositiveInt = 512
+    batch_size: PositiveInt = 256
+    teachers: bool = True  # also measure each teacher on its domains, for the headroom
+    fail_if_not_learned: bool = True
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    steps: PositiveInt = 300
+    num_prompts_per_step: PositiveInt = 64
+    micro_batch_size: PositiveInt = 64
+    balance_domains: bool = True  # equal numbers of prompts per domain in every step
+
+
+class CheckpointSection(Section):
+    """Checkpoints under `<run>/checkpoints/step-<n>`."""
+
+    save_interval: PositiveInt = 50
+    keep_last: PositiveInt = 2
+
+
+class LoggingSection(Section):
+    """`metrics.jsonl` and the terminal are always on."""
+
+    tensorboard: bool = True
+    log_interval: PositiveInt = 10  # steps between two lines on the terminal
+
+
+class RunConfig(Section):
+    """A whole recipe, resolved."""
+
+    run: RunSection = RunSection()
+    launcher: Literal["torchrun"] = "torchrun"
+    cache_dir: str = ".cache/mopd"
+    student: StudentSection = StudentSection()
+    teachers: dict[str, TeacherSection] = Field(default_factory=dict)
+    distillation: DistillationSection = DistillationSection()
+    ctkd: CtkdSection = CtkdSection()
+    gold: GoldSection = GoldSection()
+    kl: KlSection = KlSection()
+    rollout: RolloutSection = RolloutSection()
+    data: DataSection = DataSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()

@@ -1,0 +1,5 @@
+"""Accelerators: what mopd needs of a device, and the Megatron shim for machines without one."""
+
+from mopd.device.base import DeviceBackend, get_device
+
+__all__ = ["DeviceBackend", "get_device"]

@@ -1,0 +1,25 @@
+"""The exceptions users meet. Each is also a standard type, so that callers may catch either."""
+
+
+class MopdError(Exception):
+    """Root of every error that mopd raises on purpose."""
+
+
+class ConfigError(MopdError, ValueError):
+    """A recipe that cannot run: one line with the key and the remedy (exit code 2)."""
+
+
+class ArtifactError(MopdError, RuntimeError):
+    """A file on disk (projection, journal, checkpoint, world) that is missing, stale or damaged."""
+
+
+class StaleWeightsError(MopdError, RuntimeError):
+    """A sampler was handed a policy version that is not newer than the one it has."""
+
+
+class TeacherError(MopdError, RuntimeError):
+    """A teacher's answer is outside its contract (shape, ids, log-probabilities)."""
+
+
+class DidNotLearnError(MopdError, RuntimeError):
+    """The run ended and no domain improved."""

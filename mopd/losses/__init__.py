@@ -1,0 +1,1 @@
+"""Pure tensor maths: every loss against one vocabulary shard."""

@@ -1,0 +1,133 @@
+"""CTKD: projection-matrix KL at common byte boundaries, with fold, path terms and chunk likelihood.
+
+At a boundary both models have consumed the same bytes. The student's distribution is pushed onto
+the teacher's vocabulary, q~ = W^T q, and compared with the teacher's top-k plus one tail bin
+(X-Token 2605.21699; fold and path terms: docs/losses.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mopd.losses.base import LossSums, ProjectionRows, RowBlock, RowScalars, zero
+from mopd.losses.divergence import bin_divergence, binary_chunk_kl, softmax_backward
+from mopd.losses.vocab import VocabShard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CtkdLoss:
+    """``beta`` as in `divergence`; ``lambda_chunk`` weighs the chunk-likelihood term."""
+
+    projection: ProjectionRows
+    beta: float
+    temperature: float
+    lambda_chunk: float
+
+    @property
+    def coupled(self) -> bool:
+        return self.lambda_chunk > 0.0
+
+    def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> RowScalars:
+        log_probs, _ = shard.log_softmax(logits)
+        return RowScalars(token_logprob=shard.pick(log_probs, rows.token_row, rows.token_id))
+
+    def couple(
+        self, chunk_logprob: Tensor, teacher_logprob: Tensor, chunk_size: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Value of the chunk term and its slope per chunk [C]; 1-1 chunks have none."""
+        value, slope = binary_chunk_kl(chunk_logprob, teacher_logprob)
+        weight = self.lambda_chunk * (chunk_size.sum(dim=-1) > 2).to(value.dtype)
+        return (weight * value).sum(), weight * slope
+
+    def grad(
+        self, logits: Tensor, rows: RowBlock, token_grad: Tensor | None, shard: VocabShard
+    ) -> tuple[LossSums, Tensor]:
+        scaled = logits / self.temperature
+        log_probs, _ = shard.log_softmax(scaled)
+        probs = torch.exp(log_probs)
+        kl, slope, mean = self._boundary(probs[rows.boundary], rows, shard)
+        gradient = torch.zeros_like(logits)
+        gradient[rows.boundary] = softmax_backward(probs[rows.boundary], slope, mean)
+        path = self._path(scaled, rows, shard, gradient)
+        # T^2 keeps the gradient's size (Hinton et al. 1503.02531); one 1/T is the chain rule's
+        gradient *= self.temperature
+        sums = LossSums(loss=(kl + path) * self.temperature**2, kl=kl)
+        if token_grad is not None:
+            add_token_gradient(gradient, logits, rows, token_grad, shard)
+        return sums, gradient
+
+    def _boundary(
+        self, probs: Tensor, rows: RowBlock, shard: VocabShard
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Divergence of the tail bins on q~ = W^T q.
+
+        Returns its sum, the slope in q [r, V_local] and the slope's mean under q [r].
+        """
+        present = rows.topk_ids >= 0
+        support, inverse = torch.unique(rows.topk_ids.clamp_min(0), return_inverse=True)
+        student_row, column, weight = self.projection.columns(support)
+        weight = weight.to(probs.dtype)
+        member = probs.new_zeros(len(probs), len(support))
+        member.scatter_add_(1, inverse, present.to(probs.dtype)).clamp_(max=1.0)
+        projected = torch.zeros_like(member)
+        projected.index_add_(1, column, probs[:, student_row] * weight)
+        covered = torch.zeros_like(probs)
+        covered.index_add_(1, student_row, member[:, column] * weight)
+        # the tail is summed over what lies outside, not taken as 1 - inside: no cancellation
+        tail = (probs * (1.0 - covered).clamp_min(0.0)).sum(dim=-1, keepdim=True)
+        both = shard.sum(torch.cat([projected, tail], dim=1))
+        q_support = torch.where(present, both[:, :-1].gather(1, inverse), 0.0)
+        student = torch.cat([q_support, both[:, -1:]], dim=1)
+        teacher = torch.exp(torch.cat([rows.topk_logprobs, rows.log_tail[:, None]], dim=1))
+        teacher[:, :-1] *= present
+        value, bin_slope = bin_divergence(teacher, student, self.beta)
+        rest = bin_slope[:, -1:]
+        excess = torch.zeros_like(member)
+        excess.scatter_add_(1, inverse, torch.where(present, bin_slope[:, :-1] - rest, 0.0))
+        slope = rest.expand_as(probs).clone()
+        slope.index_add_(1, student_row, excess[:, column] * weight)
+        mean = torch.where(student > 0, student * bin_slope, 0.0).sum(dim=-1)
+        return value.sum(), slope, mean
+
+    def _path(self, scaled: Tensor, rows: RowBlock, shard: VocabShard, gradient: Tensor) -> Tensor:
+        """Divergence of R from Q over the slots, Q renormalised; adds to ``gradient``."""
+        num_paths = len(rows.path_weight)
+        if num_paths == 0:
+            return zero(scaled)
+        path_of_entry = rows.slot_path[rows.entry_slot]
+        score = scaled[rows.entry_row, rows.entry_token]
+        peak = scaled.new_full((num_paths,), float("-inf"))
+        peak.scatter_reduce_(0, path_of_entry, score, reduce="amax")
+        peak = shard.max(peak)
+        mass = torch.exp(score - peak[path_of_entry])
+        slots = shard.sum(torch.zeros_like(rows.slot_target).index_add_(0, rows.entry_slot, mass))
+        total = torch.zeros_like(peak).index_add_(0, rows.slot_path, slots)
+        student = slots / total[rows.slot_path]
+        value, slope = bin_divergence(rows.slot_target, student, self.beta)
+        mean = torch.zeros_like(peak).index_add_(
+            0, rows.slot_path, torch.where(student > 0, student * slope, 0.0)
+        )
+        weight = rows.path_weight[path_of_entry]
+        conditional = mass / total[path_of_entry]
+        gradient.index_put_(
+            (rows.entry_row, rows.entry_token),
+            weight * conditional * (slope[rows.entry_slot] - mean[path_of_entry]),
+            accumulate=True,
+        )
+        return (rows.path_weight[rows.slot_path] * value).sum()
+
+
+def add_token_gradient(
+    gradient: Tensor, logits: Tensor, rows: RowBlock, token_grad: Tensor, shard: VocabShard
+) -> None:
+    """Adds d/d(logits) of sum_t token_grad_t * log p(token_t) at temperature 1."""
+    log_probs, _ = shard.log_softmax(logits)
+    per_row = logits.new_zeros(len(logits)).index_add_(0, rows.token_row, token_grad)
+    gradient -= per_row[:, None] * torch.exp(log_probs)
+    column, mine = shard.local(rows.token_id)
+    gradient.index_put_(
+        (rows.token_row, column), torch.where(mine, token_grad, 0.0), accumulate=True
+    )

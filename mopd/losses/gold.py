@@ -1,0 +1,107 @@
+"""GOLD: divergence on the common vocabulary plus sorted L1 on the rest, at byte boundaries.
+
+Matched tokens are those with equal bytes (a superset of equal strings); they form the bins of a
+divergence together with one bin for everything else. Unmatched probabilities are compared by rank
+(ULD 2402.12030): the student's largest ``top_u`` against the teacher's listed ones, with the
+teacher's tail as one more entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mopd.losses.base import LossSums, ProjectionRows, RowBlock, RowScalars
+from mopd.losses.ctkd import add_token_gradient
+from mopd.losses.divergence import binary_chunk_kl, softmax_backward
+from mopd.losses.kl import tail_divergence
+from mopd.losses.vocab import VocabShard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldLoss:
+    """``weights`` are (matched, unmatched); see `adaptive_weights` for TRL's rule."""
+
+    projection: ProjectionRows
+    beta: float
+    temperature: float
+    weights: tuple[float, float]
+    top_u: int
+    lambda_chunk: float
+
+    @property
+    def coupled(self) -> bool:
+        return self.lambda_chunk > 0.0
+
+    def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> RowScalars:
+        log_probs, _ = shard.log_softmax(logits)
+        return RowScalars(token_logprob=shard.pick(log_probs, rows.token_row, rows.token_id))
+
+    def couple(
+        self, chunk_logprob: Tensor, teacher_logprob: Tensor, chunk_size: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Chunk-likelihood term as in `ctkd`."""
+        value, slope = binary_chunk_kl(chunk_logprob, teacher_logprob)
+        weight = self.lambda_chunk * (chunk_size.sum(dim=-1) > 2).to(value.dtype)
+        return (weight * value).sum(), weight * slope
+
+    def grad(
+        self, logits: Tensor, rows: RowBlock, token_grad: Tensor | None, shard: VocabShard
+    ) -> tuple[LossSums, Tensor]:
+        log_probs, _ = shard.log_softmax(logits / self.temperature)
+        probs = torch.exp(log_probs)[rows.boundary]
+        teacher = torch.exp(rows.topk_logprobs) * (rows.topk_ids >= 0)
+        partner = self.projection.common[rows.topk_ids.clamp_min(0)]
+        partner = torch.where(rows.topk_ids >= 0, partner, -1)
+        listed = torch.where(partner < 0, teacher, 0.0)  # unmatched teacher mass in the top-k
+        tail = torch.exp(rows.log_tail)
+        matched, slope, mean = tail_divergence(
+            probs, partner, teacher, listed.sum(dim=-1) + tail, self.beta, shard=shard
+        )
+        entries = torch.cat([listed, tail[:, None]], dim=1)
+        unmatched, rank_slope = self._sorted_l1(probs, entries, shard)
+        w_matched, w_unmatched = self.weights
+        slope = w_matched * slope + w_unmatched * rank_slope
+        mean = w_matched * mean + w_unmatched * shard.sum((probs * rank_slope).sum(dim=-1))
+        gradient = torch.zeros_like(logits)
+        gradient[rows.boundary] = softmax_backward(probs, slope, mean) * self.temperature
+        loss = (w_matched * matched + w_unmatched * unmatched) * self.temperature**2
+        if token_grad is not None:
+            add_token_gradient(gradient, logits, rows, token_grad, shard)
+        return LossSums(loss=loss, kl=matched), gradient
+
+    def _sorted_l1(
+        self, probs: Tensor, entries: Tensor, shard: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of |q_(r) - p_(r)| over ranks, and its slope in each student probability."""
+        uncommon = torch.ones(shard.size, dtype=torch.bool, device=probs.device)
+        column, mine = shard.local(self.projection.common.clamp_min(0))
+        uncommon[column[mine & (self.projection.common >= 0)]] = False
+        width = min(self.top_u, shard.size)
+        top, index = torch.where(uncommon, probs, 0.0).topk(width, dim=-1)
+        everyone = shard.gather_columns(top)
+        # stable: equal values keep the order of the shards, as one process would have them
+        student, order = torch.sort(everyone, dim=-1, descending=True, stable=True)
+        student, order = student[:, : self.top_u], order[:, : self.top_u]
+        teacher = torch.sort(entries, dim=-1, descending=True).values
+        ranks = max(student.shape[1], teacher.shape[1])
+        difference = _pad(student, ranks) - _pad(teacher, ranks)
+        sign = torch.sign(difference)[:, : student.shape[1]]
+        local = order - shard.rank_offset(width)
+        owned = (local >= 0) & (local < width)
+        target = index.gather(1, local.clamp(0, width - 1))
+        slope = torch.zeros_like(probs)
+        slope.scatter_add_(1, target, torch.where(owned, sign, 0.0))
+        return difference.abs().sum(), torch.where(uncommon, slope, 0.0)
+
+
+def adaptive_weights(common: Tensor) -> tuple[float, float]:
+    """TRL's rule: the matched share of the teacher's vocabulary, and what is left."""
+    matched = float((common >= 0).float().mean())
+    return matched, 1.0 - matched
+
+
+def _pad(values: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]))

@@ -1,0 +1,126 @@
+"""A teacher's payload cut into blocks of logits rows, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopd.losses.base import ProjectionRows, RowBlock
+from mopd.types import TeacherRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Logits rows ``positions`` [n] of the flattened prediction axis, and what is known of them."""
+
+    positions: Tensor
+    rows: RowBlock
+    tokens: slice  # which of the payload's chunk tokens fall into this block
+
+
+class _Bounds:
+    """Which sorted entries fall into a range of positions."""
+
+    def __init__(self, positions: np.ndarray) -> None:
+        self.positions = positions
+
+    def cut(self, low: int, high: int) -> slice:
+        a, b = np.searchsorted(self.positions, [low, high])
+        return slice(int(a), int(b))
+
+
+def blocks(
+    payload: TeacherRows,
+    *,
+    projection: ProjectionRows | None,
+    with_tokens: bool,
+    block_size: int,
+    like: Tensor,
+) -> Iterator[Block]:
+    """Blocks of at most ``block_size`` rows, in order of position.
+
+    Only rows that carry a boundary are visited, plus the rows inside chunks if ``with_tokens``.
+    Tensors take the device of ``like``; probabilities its dtype.
+    """
+    token_positions = payload.token_position if with_tokens else payload.token_position[:0]
+    visited = np.union1d(payload.position, token_positions)
+    bounds = {
+        name: _Bounds(array)
+        for name, array in (
+            ("boundary", payload.position),
+            ("token", token_positions),
+            ("path", payload.path_position),
+        )
+    }
+    for begin in range(0, len(visited), block_size):
+        positions = visited[begin : begin + block_size]
+        low, high = int(positions[0]), int(positions[-1]) + 1
+        cuts = {name: bound.cut(low, high) for name, bound in bounds.items()}
+        rows = _row_block(payload, positions, cuts, projection=projection, like=like)
+        yield Block(
+            positions=torch.as_tensor(positions, device=like.device),
+            rows=rows,
+            tokens=cuts["token"],
+        )
+
+
+def _row_block(
+    payload: TeacherRows,
+    positions: np.ndarray,
+    cuts: dict[str, slice],
+    *,
+    projection: ProjectionRows | None,
+    like: Tensor,
+) -> RowBlock:
+    def index(name: str, array: np.ndarray) -> Tensor:
+        return _tensor(np.searchsorted(positions, array[cuts[name]]), like)
+
+    boundary, token = cuts["boundary"], cuts["token"]
+    path = _path_arrays(payload, positions, cuts["path"], projection)
+    return RowBlock(
+        boundary=index("boundary", payload.position),
+        topk_ids=_tensor(payload.topk_ids[boundary].astype(np.int64), like),
+        topk_logprobs=_tensor(payload.topk_logprobs[boundary], like),
+        log_tail=_tensor(payload.log_tail[boundary], like),
+        token_row=index("token", payload.token_position),
+        token_id=_tensor(payload.token_id[token], like),
+        **{name: _tensor(array, like) for name, array in path.items()},
+    )
+
+
+def _path_arrays(
+    payload: TeacherRows,
+    positions: np.ndarray,
+    cut: slice,
+    projection: ProjectionRows | None,
+) -> dict[str, np.ndarray]:
+    count = cut.stop - cut.start
+    if projection is None or not count:
+        names = ("slot_path", "entry_row", "entry_slot", "entry_token")
+        empty: dict[str, np.ndarray] = {name: np.zeros(0, dtype=np.int64) for name in names}
+        none = np.zeros(0, dtype=np.float32)
+        return empty | {"path_weight": none, "slot_target": none}
+    offsets = payload.path_offsets[cut.start : cut.stop + 1]
+    slots = slice(int(offsets[0]), int(offsets[-1]))
+    slot_path = np.repeat(np.arange(count), np.diff(offsets))
+    entry_slot, entry_token = projection.fibre_entries(payload.path_slot[slots])
+    row_of_path = np.searchsorted(positions, payload.path_position[cut])
+    return {
+        "path_weight": payload.path_weight[cut],
+        "slot_path": slot_path,
+        "slot_target": payload.path_target[slots],
+        "entry_row": row_of_path[slot_path[entry_slot]],
+        "entry_slot": entry_slot,
+        "entry_token": entry_token,
+    }
+
+
+def _tensor(array: np.ndarray, like: Tensor) -> Tensor:
+    if array.dtype.kind in "iu":
+        tensor = torch.from_numpy(np.array(array, dtype=np.int64))
+        return tensor.to(like.device)
+    return torch.from_numpy(np.array(array)).to(like.device, like.dtype)

@@ -1,0 +1,109 @@
+"""What a run achieved, as a file and as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mopd.metrics.text import json_safe, printable, replace_file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainResult:
+    """Greedy accuracies on the held-out rows of one domain; ``teacher`` is None if not measured.
+
+    The canonical shares say how many answers are written in the tokenizer's own segmentation.
+    """
+
+    before: float
+    after: float
+    teacher: float | None = None
+    canonical_before: float | None = None
+    canonical_after: float | None = None
+
+    @property
+    def headroom_recovered(self) -> float | None:
+        """Share of the distance to the teacher that was gained; None where there is no distance."""
+        if self.teacher is None or not self.teacher > self.before:
+            return None
+        return (self.after - self.before) / (self.teacher - self.before)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """``chunks``: per teacher, counts of chunks and of student tokens by chunk type.
+
+    ``seconds``: wall time of this session; ``learned`` None where nothing could be checked.
+    """
+
+    steps: int
+    seconds: float
+    domains: Mapping[str, DomainResult]
+    chunks: Mapping[str, Mapping[str, float]]
+    learned: bool | None = None
+    world: str | None = None
+
+
+def chunk_shares(counts: Mapping[str, float]) -> dict[str, float]:
+    """``chunks <type>`` and ``tokens <type>`` counts -> shares of all chunks and of all tokens.
+
+    ``tokens_outside_1_1`` counts only tokens that lie in some chunk.
+    """
+    shares: dict[str, float] = {}
+    for what in ("chunks", "tokens"):
+        mine = {key: value for key, value in counts.items() if key.startswith(f"{what} ")}
+        total = sum(mine.values())
+        shares |= {key: value / total if total else 0.0 for key, value in sorted(mine.items())}
+    in_chunks = sum(shares.get(f"tokens {kind}", 0.0) for kind in ("1-1", "1-n", "n-1", "n-m"))
+    one_to_one = shares.get("tokens 1-1", 0.0)
+    shares["tokens_outside_1_1"] = 1.0 - one_to_one / in_chunks if in_chunks else 0.0
+    return shares
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    """Write summary.json; a reader sees the old or the new file, never a part."""
+    domains = {
+        name: {**asdict(result), "headroom_recovered": result.headroom_recovered}
+        for name, result in summary.domains.items()
+    }
+    content = json_safe(
+        {
+            "steps": summary.steps,
+            "seconds": summary.seconds,
+            "world": summary.world,
+            "learned": summary.learned,
+            "domains": domains,
+            "chunks": {name: chunk_shares(counts) for name, counts in summary.chunks.items()},
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def print_summary(summary: Summary, console: Console | None = None) -> None:
+    """Print the table of domains, then what each teacher's chunks look like, and the time."""
+    console = console or Console()
+    table = Table()
+    table.add_column("domain")
+    for heading in ("before", "after", "teacher", "headroom recovered", "canonical"):
+        table.add_column(heading, justify="right")
+    for name, result in summary.domains.items():
+        shares = (result.before, result.after, result.teacher, result.headroom_recovered)
+        canonical = f"{_percent(result.canonical_before)} -> {_percent(result.canonical_after)}"
+        table.add_row(Text(printable(name)), *map(_percent, shares), canonical)
+    console.print(table)
+    for name, counts in summary.chunks.items():
+        outside = chunk_shares(counts)["tokens_outside_1_1"]
+        line = f"{name}: {outside:.0%} of the tokens lie in chunks other than 1-1"
+        console.print(Text(printable(line)), soft_wrap=True)
+    console.print(f"{summary.steps} steps in {summary.seconds:.0f} s")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

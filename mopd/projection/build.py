@@ -1,0 +1,169 @@
+"""Builds the projection from two vocabularies alone: no models, no V_S x V_T matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mopd.tokens.vocabulary import Vocabulary
+from mopd.types import EXACT, MULTI, NULL, SPECIAL, FibreTrie, Projection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectionOptions:
+    """``max_length`` teacher pieces at most; piece j of a token weighs ``gamma ** j``."""
+
+    max_length: int
+    gamma: float
+
+
+def build_projection(
+    student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions
+) -> Projection:
+    """W, the fold of unreachable teacher tokens, and the trie of path terms.
+
+    A student token maps 1:1 onto the teacher token with the same bytes, else onto the pieces of
+    the teacher's own encoding of its bytes. The end of turn maps onto the end of turn; other
+    control tokens and bytes that the teacher cannot spell go to the null column.
+    """
+    pieces, kind = teacher_pieces(student, teacher)
+    fold = _fold(student, teacher, pieces=pieces)
+    crow, col, val = _rows(pieces, fold=fold, options=options)
+    return Projection(
+        crow=crow,
+        col=col,
+        val=val,
+        kind=kind,
+        fold=fold,
+        common=_common(student, teacher),
+        trie=_trie(student, teacher, pieces=pieces, max_length=options.max_length),
+        student_fingerprint=student.fingerprint,
+        teacher_fingerprint=teacher.fingerprint,
+    )
+
+
+def teacher_pieces(
+    student: Vocabulary, teacher: Vocabulary
+) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """Per student token: the teacher ids that spell it (empty: none), and the kind of its row."""
+    kind = np.zeros(student.size, dtype=np.uint8)
+    pieces: list[tuple[int, ...]] = [()] * student.size
+    pieces[student.eos_id], kind[student.eos_id] = (teacher.eos_id,), SPECIAL
+    open_rows: list[int] = []
+    for token, data in enumerate(student.token_bytes):
+        if student.control[token] or not data:
+            continue
+        if (same := teacher.by_bytes.get(data)) is not None:
+            pieces[token], kind[token] = (same,), EXACT
+        else:
+            open_rows.append(token)
+    encoded = teacher.encode_many([student.token_bytes[token] for token in open_rows])
+    for token, ids in zip(open_rows, encoded, strict=True):
+        pieces[token], kind[token] = tuple(ids), MULTI if ids else NULL
+    return pieces, kind
+
+
+def _rows(
+    pieces: Sequence[tuple[int, ...]], *, fold: np.ndarray, options: ProjectionOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """CSR of row-stochastic weights on folded columns; a repeated one collapses into one entry."""
+    powers = [float(options.gamma) ** j for j in range(options.max_length)]
+    null = len(fold)
+    crow, col, val = [0], [], []
+    for ids in pieces:
+        weights: dict[int, float] = {}
+        for piece, power in zip(ids, powers, strict=False):
+            if power > 0:
+                column = int(fold[piece])
+                weights[column] = weights.get(column, 0.0) + power
+        if not weights:
+            weights = {null: 1.0}
+        total = sum(weights.values())
+        col += weights
+        val += [weight / total for weight in weights.values()]
+        crow.append(len(col))
+    return (
+        np.asarray(crow, dtype=np.int32),
+        np.asarray(col, dtype=np.int32),
+        np.asarray(val, dtype=np.float32),
+    )
+
+
+def _fold(
+    student: Vocabulary, teacher: Vocabulary, *, pieces: Sequence[tuple[int, ...]]
+) -> np.ndarray:
+    """[V_T] int32: the column that stands for each teacher token.
+
+    A teacher token without a student token of the same bytes is written by the student beginning
+    with a shorter token, whose own first teacher piece is shorter still: following that ends at a
+    column both have, or at null. Leaving such a token's column to the LONGER student tokens that
+    begin with it would teach the student to write those instead.
+    """
+    null = teacher.size
+    fold = np.full(null + 1, null, dtype=np.int32)
+    begins = {spelled[0] for spelled in pieces if spelled}
+    fold[teacher.eos_id] = teacher.eos_id
+    open_columns = []
+    for column, data in enumerate(teacher.token_bytes):
+        if teacher.control[column] or not data:
+            continue
+        if data in student.by_bytes and teacher.by_bytes[data] == column:
+            fold[column] = column
+        else:
+            open_columns.append(column)
+    encoded = student.encode_many([teacher.token_bytes[t] for t in open_columns])
+    for column, ids in zip(open_columns, encoded, strict=True):
+        spelled = pieces[ids[0]] if ids else ()
+        if spelled:
+            fold[column] = spelled[0]
+        elif column in begins:  # the student cannot write it, only longer tokens that begin with it
+            fold[column] = column
+    while not np.array_equal(fold[fold], fold):
+        fold = fold[fold]
+    return fold[:-1]
+
+
+def _common(student: Vocabulary, teacher: Vocabulary) -> np.ndarray:
+    """[V_T] int32: one-to-one partners by bytes; end of turn with end of turn."""
+    common = np.full(teacher.size, -1, dtype=np.int32)
+    for data, token in student.by_bytes.items():
+        if (column := teacher.by_bytes.get(data)) is not None:
+            common[column] = token
+    common[teacher.eos_id] = student.eos_id
+    return common
+
+
+def _trie(
+    student: Vocabulary,
+    teacher: Vocabulary,
+    *,
+    pieces: Sequence[tuple[int, ...]],
+    max_length: int,
+) -> FibreTrie:
+    """Nodes are the proper prefixes (1 to max_length - 1 pieces) of multi-piece student tokens."""
+    groups: dict[tuple[int, ...], dict[int, list[int]]] = {}
+    for token, ids in enumerate(pieces):
+        for depth in range(1, min(len(ids), max_length)):
+            groups.setdefault(ids[:depth], {}).setdefault(ids[depth], []).append(token)
+    paths = sorted(groups)
+    spelled = student.encode_many([teacher.decode(path) for path in paths])
+    stops = [
+        ids[0] if ids and (len(ids) == 1 or len(path) == 1) else -1
+        for path, ids in zip(paths, spelled, strict=True)
+    ]
+    flat = [(piece, groups[path][piece]) for path in paths for piece in sorted(groups[path])]
+    return FibreTrie(
+        node_ptr=_offsets([len(path) for path in paths]),
+        node_piece=np.asarray([p for path in paths for p in path], dtype=np.int32),
+        group_ptr=_offsets([len(groups[path]) for path in paths]),
+        group_piece=np.asarray([piece for piece, _ in flat], dtype=np.int32),
+        member_ptr=_offsets([len(members) for _, members in flat]),
+        member_token=np.asarray([m for _, members in flat for m in members], dtype=np.int32),
+        stop_token=np.asarray(stops, dtype=np.int32),
+    )
+
+
+def _offsets(counts: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))]).astype(np.int64)

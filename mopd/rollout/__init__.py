@@ -1,0 +1,1 @@
+"""The student's own answers: samplers, the journal they are written to, and weight sync."""

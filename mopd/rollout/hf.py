@@ -1,0 +1,108 @@
+"""A sampler inside the lead rank: a full transformers copy of the student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mopd.errors import StaleWeightsError
+from mopd.rollout.base import make_rollout
+from mopd.serving.generation import generate, sampling_stream
+from mopd.serving.models import load_causal_lm
+from mopd.tokens.chat import ChatTokenizer
+from mopd.types import Prompt, Rollout
+
+
+class HfSampler:
+    """Keyed sampling: the answer to (prompt, sample) under a version is the same in every layout.
+
+    Args:
+        model_dir: architecture and, until the first `load_weights`, weights (version -1).
+        seed, temperature, max_new_tokens, num_generations: as in the recipe.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        tokenizer: ChatTokenizer,
+        device: torch.device,
+        seed: int,
+        temperature: float,
+        max_new_tokens: int,
+        num_generations: int,
+        batch_size: int,
+    ) -> None:
+        self._model = load_causal_lm(model_dir, device=device)
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._temperature = temperature
+        self._max_new_tokens = max_new_tokens
+        self._num_generations = num_generations
+        self._batch_size = batch_size
+        self.version = -1
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Takes every parameter of the student under its Hugging Face name."""
+        if version <= self.version:
+            raise StaleWeightsError(f"version {version} is not newer than {self.version}")
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        missing = set(parameters)
+        for name, tensor in weights:
+            if name in parameters:
+                parameters[name].copy_(tensor)
+                missing.discard(name)
+        tied = {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
+        if missing - tied:
+            raise StaleWeightsError(
+                f"weights of version {version} lack {sorted(missing - tied)[:3]}"
+            )
+        self.version = version
+
+    def generate(self, prompts: Sequence[Prompt], *, version: int) -> list[Rollout]:
+        """Sampled answers under ``version``, which must be the one that was loaded."""
+        if version != self.version:
+            raise StaleWeightsError(f"asked for version {version}, have {self.version}")
+        tasks = [(prompt, n) for prompt in prompts for n in range(self._num_generations)]
+        keys = [f"{self._seed}|{prompt.id}|{n}|{version}" for prompt, n in tasks]
+        streams = [sampling_stream(key, self._max_new_tokens) for key in keys]
+        return self._decode(tasks, streams)
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Greedy answers, for evaluation."""
+        return self._decode([(prompt, 0) for prompt in prompts], None)
+
+    def _decode(self, tasks: Sequence[tuple[Prompt, int]], streams: list | None) -> list[Rollout]:
+        rollouts: list[Rollout] = []
+        for begin in range(0, len(tasks), self._batch_size):
+            part = tasks[begin : begin + self._batch_size]
+            prompt_ids = [self._tokenizer.prompt_ids(prompt.messages) for prompt, _ in part]
+            answers = generate(
+                self._model,
+                prompt_ids,
+                eos_id=self._tokenizer.eos_id,
+                vocab_size=self._tokenizer.vocabulary.size,
+                max_new_tokens=self._max_new_tokens,
+                temperature=1.0 if streams is None else self._temperature,
+                streams=None if streams is None else streams[begin : begin + len(part)],
+            )
+            rollouts += [
+                make_rollout(
+                    prompt,
+                    answer,
+                    tokenizer=self._tokenizer,
+                    prompt_ids=ids,
+                    sample_index=n,
+                    version=self.version,
+                )
+                for (prompt, n), ids, answer in zip(part, prompt_ids, answers, strict=True)
+            ]
+        return rollouts
+
+    def close(self) -> None:
+        """Frees the copy of the model."""
+        del self._model

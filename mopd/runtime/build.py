@@ -1,0 +1,359 @@
+"""The composition root: the only place that names concrete classes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mopd.align.payload import PayloadOptions
+from mopd.config.schema import RunConfig, TeacherSection
+from mopd.device import get_device
+from mopd.errors import ConfigError
+from mopd.losses.base import Loss
+from mopd.losses.ctkd import CtkdLoss
+from mopd.losses.gold import GoldLoss, adaptive_weights
+from mopd.losses.head import DistillationHead, TeacherTerm
+from mopd.losses.kl import KlLoss
+from mopd.losses.vocab import VocabShard
+from mopd.metrics.span import Spans
+from mopd.projection import ProjectionOptions, ProjectionShard, ProjectionStore
+from mopd.rollout.base import Sampler
+from mopd.rollout.hf import HfSampler
+from mopd.rollout.replay import ReplaySampler
+from mopd.runtime.data import PromptSource, Router, read_prompts
+from mopd.runtime.feed import Feed, FeedOptions
+from mopd.runtime.replica import sum_over_leads
+from mopd.serving.journal import Journal
+from mopd.student.model import StudentModel, build_student
+from mopd.student.optim import build_optimizer
+from mopd.student.parallel import Topology, initialize
+from mopd.student.step import Student
+from mopd.teachers.base import Teacher
+from mopd.teachers.hf import HfTeacher
+from mopd.teachers.pool import TeacherPool
+from mopd.teachers.uniform import UniformTeacher
+from mopd.tokens.chat import ChatTokenizer
+from mopd.types import Projection, Prompt
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything the loop needs. ``sampler``, ``pool`` and ``feed`` exist on lead ranks only."""
+
+    config: RunConfig
+    directory: Path
+    topology: Topology
+    student: Student
+    tokenizer: ChatTokenizer
+    sampler: Sampler | None
+    pool: TeacherPool | None
+    feed: Feed | None
+    journal: Journal | None
+    heldout: list[Prompt]
+    spans: Spans
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tokenizers:
+    student: ChatTokenizer
+    teachers: Mapping[str, ChatTokenizer]
+
+
+def build_run(config: RunConfig) -> Run:
+    """Joins the process group and builds this rank's parts. Collective over all ranks.
+
+    Raises:
+        ConfigError: before any model is loaded where the data or a tokenizer is wrong.
+    """
+    backend = get_device(config.run.device)
+    threads = config.run.threads or _threads_per_rank()
+    torch.set_num_threads(threads)
+    router = Router(config.teachers, config.distillation)
+    assert config.data.path is not None and config.student.model is not None
+    prompts = _read(config, config.data.path, router)
+    heldout = _read(config, config.data.heldout_path, router) if config.data.heldout_path else []
+    tokenizers = _load_tokenizers(config)
+    _check_tokenizers(config, tokenizers)
+
+    topology = initialize(config.student.parallel, backend=backend, seed=config.run.seed)
+    projections = _projections(config, tokenizers, topology)
+    model = build_student(
+        config.student.model, topology=topology, dtype=DTYPES[config.student.dtype]
+    )
+    student = _student(config, model, tokenizers, projections)
+    directory = Path(config.run.dir) / config.run.name
+    sampler = pool = feed = journal = None
+    spans = Spans()
+    if topology.is_lead:
+        sampler = _sampler(config, tokenizers.student, topology)
+        pool = _teachers(config, tokenizers, topology)
+        journal = Journal(directory / "journal" / f"rollouts-{topology.dp_rank}.jsonl")
+        feed = Feed(
+            source=PromptSource(
+                prompts,
+                num_prompts_per_step=config.train.num_prompts_per_step,
+                seed=config.run.seed,
+                balance=config.train.balance_domains,
+            ),
+            sampler=sampler,
+            pool=pool,
+            student=tokenizers.student,
+            payload={
+                name: _payload(config, teacher, projections.get(name))
+                for name, teacher in _active(config).items()
+            },
+            journal=journal,
+            options=FeedOptions(
+                micro_batch_size=config.train.micro_batch_size,
+                alignment=config.distillation.alignment,
+                max_failed_share=config.distillation.max_failed_share,
+                dp_rank=topology.dp_rank,
+                dp_size=topology.dp_size,
+                sum_over_replicas=lambda values: sum_over_leads(topology, values),
+            ),
+            spans=spans,
+        )
+    return Run(
+        config=config,
+        directory=directory,
+        topology=topology,
+        student=student,
+        tokenizer=tokenizers.student,
+        sampler=sampler,
+        pool=pool,
+        feed=feed,
+        journal=journal,
+        heldout=heldout,
+        spans=spans,
+    )
+
+
+def _threads_per_rank() -> int:
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, (os.cpu_count() or 1) // local_world)
+
+
+def _read(config: RunConfig, path: str, router: Router) -> list[Prompt]:
+    return read_prompts(Path(path), router=router, teacher_key=config.distillation.teacher_key)
+
+
+def _active(config: RunConfig) -> dict[str, TeacherSection]:
+    """Teachers of weight 0 are not loaded: they change nothing."""
+    return {name: teacher for name, teacher in config.teachers.items() if teacher.weight > 0}
+
+
+def _load_tokenizers(config: RunConfig) -> _Tokenizers:
+    student = ChatTokenizer.load(str(config.student.tokenizer or config.student.model))
+    return _Tokenizers(
+        student=student,
+        teachers={
+            name: ChatTokenizer.load(str(teacher.tokenizer or teacher.model))
+            for name, teacher in _active(config).items()
+        },
+    )
+
+
+def _loss_name(config: RunConfig, teacher: TeacherSection) -> str:
+    return teacher.loss or config.distillation.loss
+
+
+def _check_tokenizers(config: RunConfig, tokenizers: _Tokenizers) -> None:
+    own = tokenizers.student.vocabulary.fingerprint
+    for name, teacher in _active(config).items():
+        same = tokenizers.teachers[name].vocabulary.fingerprint == own
+        if _loss_name(config, teacher) == "kl" and not same:
+            raise ConfigError(
+                f"teachers.{name}.loss=kl needs the student's own tokenizer, and this teacher has "
+                "another one; use ctkd or gold"
+            )
+
+
+def _projections(
+    config: RunConfig, tokenizers: _Tokenizers, topology: Topology
+) -> dict[str, Projection]:
+    """One rank builds what is missing, the others read it; all stay on the CPU."""
+    store = ProjectionStore(Path(config.cache_dir) / "projections")
+    options = ProjectionOptions(max_length=config.ctkd.max_length, gamma=config.ctkd.gamma)
+    student = tokenizers.student.vocabulary
+    needed = [n for n, t in _active(config).items() if _loss_name(config, t) in ("ctkd", "gold")]
+
+    def read() -> dict[str, Projection]:
+        return {
+            name: store.get(
+                student,
+                tokenizers.teachers[name].vocabulary,
+                options,
+                path=config.teachers[name].projection_matrix_path,
+            )
+            for name in needed
+        }
+
+    found = read() if topology.rank == 0 else {}
+    dist.barrier()
+    return found or read()
+
+
+def _payload(
+    config: RunConfig, teacher: TeacherSection, projection: Projection | None
+) -> PayloadOptions:
+    temperature = config.distillation.temperature
+    if projection is None or _loss_name(config, teacher) != "ctkd":
+        return PayloadOptions(temperature=temperature)
+    return PayloadOptions(
+        temperature=temperature,
+        max_length=config.ctkd.max_length,
+        fold=_fold(config, projection),
+        trie=projection.trie if config.ctkd.path_terms else None,
+        paths=projection.trie.paths() if config.ctkd.path_terms else None,
+    )
+
+
+def _fold(config: RunConfig, projection: Projection) -> np.ndarray:
+    """``rest`` sends the mass of teacher tokens that the student lacks to the tail instead."""
+    if config.ctkd.unreachable == "fold":
+        return projection.fold
+    return np.where(projection.folded, projection.teacher_size, projection.fold)
+
+
+def _loss(config: RunConfig, name: str, shard: ProjectionShard | None) -> Loss:
+    temperature = config.distillation.temperature
+    if name == "kl" or shard is None:
+        return KlLoss(beta=config.kl.beta, temperature=temperature)
+    if name == "ctkd":
+        return CtkdLoss(
+            projection=shard,
+            beta=config.ctkd.beta,
+            temperature=temperature,
+            lambda_chunk=config.ctkd.lambda_chunk,
+        )
+    gold = config.gold
+    given = (gold.matched_weight, gold.unmatched_weight)
+    return GoldLoss(
+        projection=shard,
+        beta=gold.beta,
+        temperature=temperature,
+        weights=adaptive_weights(shard.common)
+        if given[0] is None or given[1] is None
+        else (given[0], given[1]),
+        top_u=gold.top_u,
+        lambda_chunk=gold.lambda_chunk,
+    )
+
+
+def _student(
+    config: RunConfig,
+    model: StudentModel,
+    tokenizers: _Tokenizers,
+    projections: Mapping[str, Projection],
+) -> Student:
+    topology = model.topology
+    size = model.padded_vocab_size // topology.tp_size
+    start = topology.tp_rank * size
+    vocab_size = tokenizers.student.vocabulary.size
+    if vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"student.tokenizer has {vocab_size} tokens and student.model only {model.vocab_size}; "
+            "name the tokenizer that belongs to the model"
+        )
+    total_weight = sum(teacher.weight for teacher in _active(config).values())
+    terms = {}
+    for name, teacher in _active(config).items():
+        shard = None
+        if name in projections:
+            shard = ProjectionShard(
+                projections[name], start=start, end=start + size, device=topology.device
+            )
+        terms[name] = TeacherTerm(
+            loss=_loss(config, _loss_name(config, teacher), shard),
+            weight=teacher.weight / total_weight,
+            projection=shard,
+        )
+    head = DistillationHead(
+        terms=terms,
+        shard=VocabShard(start=start, size=size, vocab_size=vocab_size, group=topology.tp_group),
+    )
+    optimizer, scheduler = build_optimizer(
+        config.student.optimizer, model=model, total_steps=config.train.steps
+    )
+    return Student(
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loss_function=head,
+        clip_grad=config.student.optimizer.clip_grad,
+    )
+
+
+def _sampler(config: RunConfig, tokenizer: ChatTokenizer, topology: Topology) -> Sampler:
+    rollout = config.rollout
+    if rollout.backend.type == "custom":
+        return _custom(rollout.backend.target, config=config, tokenizer=tokenizer)
+    assert config.student.model is not None
+    live = HfSampler(
+        Path(config.student.model),
+        tokenizer=tokenizer,
+        device=topology.device,
+        seed=config.run.seed,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
+        num_generations=rollout.num_generations_per_prompt,
+        batch_size=config.evaluate.batch_size,
+    )
+    if rollout.backend.type == "hf":
+        return live
+    assert rollout.backend.path is not None
+    return ReplaySampler(
+        Path(rollout.backend.path),
+        tokenizer=tokenizer,
+        num_generations=rollout.num_generations_per_prompt,
+        live=live,
+    )
+
+
+def _teachers(config: RunConfig, tokenizers: _Tokenizers, topology: Topology) -> TeacherPool:
+    return TeacherPool(
+        {name: _teacher(config, name, tokenizers, topology) for name in _active(config)}
+    )
+
+
+def _teacher(config: RunConfig, name: str, tokenizers: _Tokenizers, topology: Topology) -> Teacher:
+    section, tokenizer = config.teachers[name], tokenizers.teachers[name]
+    top_k = config.distillation.top_k
+    match section.backend.type:
+        case "uniform":
+            return UniformTeacher(
+                name, tokenizer=tokenizer, student=tokenizers.student, top_k=top_k
+            )
+        case "custom":
+            return _custom(section.backend.target, config=config, tokenizer=tokenizer)
+        case "hf":
+            return HfTeacher(
+                name,
+                Path(str(section.model)),
+                tokenizer=tokenizer,
+                student=tokenizers.student,
+                device=topology.device,
+                top_k=top_k,
+                temperature=config.distillation.temperature,
+                batch_size=section.backend.batch_size,
+            )
+
+
+def _custom(target: str | None, **arguments: Any) -> Any:
+    """``package.module:Name`` called with the recipe and the tokenizer."""
+    module, _, name = (target or "").partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"backend.target={target!r} cannot be imported: {error}") from error
+    return factory(**arguments)

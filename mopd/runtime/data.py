@@ -1,0 +1,146 @@
+"""Prompts from JSONL, routed to teachers, and drawn in an order that depends on the seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mopd.config.schema import DistillationSection, TeacherSection
+from mopd.errors import ConfigError
+from mopd.types import Prompt
+
+
+class Router:
+    """Domain -> the teachers that judge it; others go to the default teacher or are refused."""
+
+    def __init__(
+        self, teachers: Mapping[str, TeacherSection], distillation: DistillationSection
+    ) -> None:
+        self._teachers = {name: t for name, t in teachers.items() if t.weight > 0}
+        self._default = distillation.default_teacher
+        self._key = distillation.teacher_key
+
+    def route(self, domain: str, where: str) -> tuple[str, ...]:
+        """Names of the teachers of a row at ``where`` (file and line, for the error)."""
+        names = tuple(
+            name
+            for name, teacher in self._teachers.items()
+            if not teacher.domains or domain in teacher.domains
+        )
+        if not names and self._default is not None:
+            return (self._default,)
+        if not names:
+            raise ConfigError(
+                f"{where}: no teacher judges {self._key}={domain!r}; list it in "
+                "teachers.<name>.domains or set distillation.default_teacher"
+            )
+        return names
+
+
+def read_prompts(path: Path, *, router: Router, teacher_key: str) -> list[Prompt]:
+    """Every row of a JSONL file as a `Prompt`.
+
+    A row has ``messages`` (role and content), and optionally ``id``, ``answer`` and the routing
+    field. Rows without an id are named by file and line.
+
+    Raises:
+        ConfigError: with file and line, what is wrong and what was expected.
+    """
+    prompts: list[Prompt] = []
+    seen: set[str] = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        row = _parse(line, where)
+        prompt_id = str(row.get("id", f"{path.stem}-{number}"))
+        if prompt_id in seen:
+            raise ConfigError(f"{where}: id {prompt_id!r} is used twice; ids must be unique")
+        seen.add(prompt_id)
+        domain = str(row.get(teacher_key, "default"))
+        answer = row.get("answer")
+        prompts.append(
+            Prompt(
+                id=prompt_id,
+                messages=_messages(row, where),
+                domain=domain,
+                answer=None if answer is None else str(answer),
+                teachers=router.route(domain, where),
+            )
+        )
+    if not prompts:
+        raise ConfigError(f"{path}: no rows; one JSON object a line with 'messages' is expected")
+    return prompts
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{where}: not JSON ({error.msg}); one object a line is expected"
+        ) from None
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: a JSON object with 'messages' is expected")
+    return row
+
+
+def _messages(row: dict[str, Any], where: str) -> tuple[dict[str, str], ...]:
+    messages = row.get("messages")
+    good = isinstance(messages, list) and messages
+    if not good or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages or ()
+    ):
+        raise ConfigError(
+            f"{where}: 'messages' must be a list of objects with 'role' and 'content' strings"
+        )
+    assert messages is not None
+    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+
+
+class PromptSource:
+    """Prompts of any step without having drawn those before: resuming needs no state.
+
+    Each domain runs through its own permutation, a new one every epoch. With ``balance_domains``
+    every step holds equally many prompts per domain, as far as the step size divides.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], *, num_prompts_per_step: int, seed: int, balance: bool
+    ) -> None:
+        self._pools: dict[str, list[Prompt]] = {}
+        for prompt in prompts:
+            self._pools.setdefault(prompt.domain if balance else "", []).append(prompt)
+        self._size = num_prompts_per_step
+        self._seed = seed
+        self._epochs: dict[str, int] = {}
+        self._orders: dict[str, np.ndarray] = {}
+
+    def take(self, step: int) -> list[Prompt]:
+        """The global list of prompts of ``step``, the same on every rank."""
+        names = sorted(self._pools)
+        first = step * self._size
+        # prompt number n of the run is the (n div D)-th of domain n mod D
+        return [
+            self._draw(names[number % len(names)], number // len(names))
+            for number in range(first, first + self._size)
+        ]
+
+    def _draw(self, name: str, number: int) -> Prompt:
+        pool = self._pools[name]
+        epoch, index = divmod(number, len(pool))
+        if self._epochs.get(name) != epoch:
+            self._epochs[name] = epoch
+            self._orders[name] = _permutation(f"{self._seed}|{name}|{epoch}", len(pool))
+        return pool[int(self._orders[name][index])]
+
+
+def _permutation(key: str, size: int) -> np.ndarray:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(seed)).permutation(size)

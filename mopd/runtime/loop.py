@@ -1,0 +1,209 @@
+"""The loop: sample, score, align, train, push; the same on every rank."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mopd.errors import DidNotLearnError, MopdError
+from mopd.metrics.metric import means, merge, values
+from mopd.metrics.sinks import Sink
+from mopd.metrics.summary import Summary
+from mopd.rollout import sync
+from mopd.runtime.build import Run
+from mopd.runtime.evaluate import (
+    Scores,
+    by_domain,
+    has_learned,
+    results,
+    student_scores,
+    teacher_scores,
+)
+from mopd.runtime.replica import from_lead, gather_leads, sum_over_leads
+from mopd.student import checkpoint
+from mopd.student.hf_export import iter_hf_weights, save_hf
+from mopd.student.step import StepResult
+from mopd.types import StepBatch
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass(slots=True)
+class State:
+    """What a checkpoint keeps beside the model: everything else follows from the step."""
+
+    step: int = 0
+    before: Scores = field(default_factory=dict)
+    teachers: dict[str, float | None] = field(default_factory=dict)
+    chunks: dict[str, dict[str, float]] = field(default_factory=dict)
+    skipped_in_a_row: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def train(run: Run, sink: Sink) -> Summary:
+    """Trains from the newest checkpoint, or from the start, to ``train.steps``.
+
+    Every rank returns the same summary. Policy version n is the student before step n.
+
+    Raises:
+        DidNotLearnError: held-out accuracy did not rise (``evaluate.fail_if_not_learned``).
+    """
+    started = time.perf_counter()
+    state = _resume(run, sink)
+    config = run.config
+    _push(run, state.step)
+    if not state.before:
+        state.before = _evaluate(run)
+        state.teachers = _evaluate_teachers(run)
+    for step in range(state.step, config.train.steps):
+        began = time.perf_counter()
+        batch = from_lead(run.topology, run.feed.take(step) if run.feed else None)
+        with run.spans("train"):
+            result = run.student.train_step(batch)
+        with run.spans("sync"):
+            _push(run, step + 1)
+        state.step = step + 1
+        _stop_if_stuck(state, result)
+        _log(run, sink, batch, result, seconds=time.perf_counter() - began)
+        if state.step % config.checkpoint.save_interval == 0 or state.step == config.train.steps:
+            _save(run, state)
+    return _finish(run, state, seconds=time.perf_counter() - started)
+
+
+def _push(run: Run, version: int) -> None:
+    sync.push(iter_hf_weights(run.student.model), run.sampler, version=version)
+
+
+def _resume(run: Run, sink: Sink) -> State:
+    """The newest checkpoint; what was written after it is dropped and written again."""
+    latest = checkpoint.find_latest(run.directory / "checkpoints")
+    state = State()
+    if latest is not None:
+        state = State(**checkpoint.load(latest, student=run.student))
+    sink.truncate_from(state.step)
+    if run.journal is not None:
+        run.journal.truncate_from(state.step)
+    if run.feed is not None and run.topology.dp_rank == 0:
+        run.feed.chunks.update({name: Counter(c) for name, c in state.chunks.items()})
+    return state
+
+
+def _save(run: Run, state: State) -> None:
+    state.chunks = _chunks(run)
+    checkpoint.save(
+        run.directory / "checkpoints",
+        student=run.student,
+        state=state.to_json(),
+        keep_last=run.config.checkpoint.keep_last,
+    )
+
+
+def _chunks(run: Run) -> dict[str, dict[str, float]]:
+    """Chunk counters over all replicas, on every rank."""
+    if run.feed is None:
+        return from_lead(run.topology, None)
+    keys = sorted({key for counts in run.feed.chunks.values() for key in counts} | _CHUNK_KEYS)
+    table = np.array([[counts[key] for key in keys] for counts in run.feed.chunks.values()])
+    total = sum_over_leads(run.topology, table.astype(np.float64).reshape(-1)).reshape(table.shape)
+    found = {
+        name: dict(zip(keys, row.tolist(), strict=True))
+        for name, row in zip(run.feed.chunks, total, strict=True)
+    }
+    return from_lead(run.topology, found)
+
+
+_CHUNK_KEYS = {
+    *(f"{what} {kind}" for what in ("chunks", "tokens") for kind in ("1-1", "1-n", "n-1", "n-m")),
+    "tokens unaligned",
+}
+
+
+def _stop_if_stuck(state: State, result: StepResult) -> None:
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
+    if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise MopdError(
+            f"step {state.step}: {state.skipped_in_a_row} steps in a row had a loss or gradient "
+            "that is not finite; lower student.optimizer.lr or look at the teachers' scores"
+        )
+
+
+def _log(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seconds: float) -> None:
+    line: dict[str, float] = {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "skipped": float(result.skipped),
+    }
+    for name, total in result.metrics.items():  # loss/<teacher>, kl/<teacher>
+        line[name] = total / max(batch.denominators[name.split("/", 1)[1]], 1.0)
+    if run.feed is None:
+        return
+    # every lead knows its own rollouts; the line shows all of them
+    merged = merge(gather_leads(run.topology, means(batch.metrics)))
+    tokens = merged["masked"].count
+    line |= values(merged)
+    line["tokens_per_second"] = tokens / seconds
+    line["time/step"] = seconds
+    line |= values(run.spans.drain())
+    sink.log(batch.step, line)
+
+
+def _evaluate(run: Run) -> Scores:
+    domains = by_domain(run.heldout, run.config.evaluate.max_prompts_per_domain)
+    scores = None
+    if run.sampler is not None:
+        scores = student_scores(
+            run.sampler,
+            domains,
+            tokenizer=run.tokenizer,
+            share=(run.topology.dp_rank, run.topology.dp_size),
+            sum_over_replicas=lambda values_: sum_over_leads(run.topology, values_),
+        )
+    return from_lead(run.topology, scores)
+
+
+def _evaluate_teachers(run: Run) -> dict[str, float | None]:
+    if not run.config.evaluate.teachers:
+        return {}
+    domains = by_domain(run.heldout, run.config.evaluate.max_prompts_per_domain)
+    found = None
+    if run.pool is not None:
+        found = teacher_scores(
+            run.pool.teachers, domains, max_new_tokens=run.config.rollout.max_new_tokens
+        )
+    return from_lead(run.topology, found)
+
+
+def _finish(run: Run, state: State, *, seconds: float) -> Summary:
+    after = _evaluate(run)
+    source = run.config.student.model
+    assert source is not None
+    if run.topology.dp_rank == 0:
+        save_hf(run.student.model, run.directory / "hf", source_dir=source)
+    return Summary(
+        steps=state.step,
+        seconds=seconds,
+        domains=results(state.before, after, state.teachers),
+        chunks=_chunks(run),
+        learned=has_learned(state.before, after) if after else None,
+    )
+
+
+def refuse_if_not_learned(summary: Summary) -> None:
+    """Says so when held-out accuracy did not rise.
+
+    Raises:
+        DidNotLearnError: the gain is within two standard errors.
+    """
+    if summary.learned is False:
+        raise DidNotLearnError(
+            "held-out accuracy did not rise: the student learned nothing that its answers show; "
+            "look at kl/<teacher> in metrics.jsonl, train longer, or start from a student that is "
+            "right now and then (evaluate.fail_if_not_learned=false accepts this)"
+        )

@@ -1,0 +1,44 @@
+"""What the ranks of a job tell each other outside the model: small objects and sums."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mopd.student.parallel import Topology
+
+T = TypeVar("T")
+HOST = torch.device("cpu")
+
+
+def from_lead(topology: Topology, value: T | None) -> T:
+    """The lead's ``value`` on every rank of its replica."""
+    if len(topology.replica_ranks) > 1:
+        box = [value]
+        dist.broadcast_object_list(
+            box, src=topology.lead_rank, group=topology.replica_group, device=HOST
+        )
+        value = box[0]
+    assert value is not None
+    return value
+
+
+def sum_over_leads(topology: Topology, values: np.ndarray) -> np.ndarray:
+    """Sum of float64 vectors over the same place of every replica."""
+    if topology.dp_size == 1:
+        return values
+    tensor = torch.from_numpy(np.array(values, dtype=np.float64))
+    dist.all_reduce(tensor, group=topology.dp_host_group)
+    return tensor.numpy()
+
+
+def gather_leads(topology: Topology, value: T) -> list[T]:
+    """``value`` of every replica's lead, in order of the replicas. Called by leads only."""
+    if topology.dp_size == 1:
+        return [value]
+    parts: list[T] = [value] * topology.dp_size
+    dist.all_gather_object(parts, value, group=topology.dp_host_group)
+    return parts

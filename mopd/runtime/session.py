@@ -1,0 +1,119 @@
+"""One run as a directory: fresh, continued or finished; sinks, summary, verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mopd.config.load import dump_config
+from mopd.config.schema import RunConfig
+from mopd.errors import ConfigError
+from mopd.metrics.console import ConsoleSink
+from mopd.metrics.sinks import JsonlSink, MultiSink, Sink, TensorBoardSink
+from mopd.metrics.summary import Summary, print_summary, write_summary
+from mopd.runtime.build import build_run
+from mopd.runtime.loop import refuse_if_not_learned, train
+from mopd.student.parallel import shutdown
+
+# Keys that may differ when a run is continued: they change nothing that is computed.
+_FREE = (("run", "overwrite"), ("run", "threads"), ("logging",), ("checkpoint",))
+
+
+def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
+    """Trains, or continues, the run ``run.name``; None when it is finished already.
+
+    Args:
+        world: digest of the embedded world, for the summary.
+    Raises:
+        ConfigError: the directory holds a run with other settings.
+        DidNotLearnError: after everything is written.
+    """
+    directory = Path(config.run.dir) / config.run.name
+    is_main = os.environ.get("RANK", "0") == "0"
+    prepare_directory(directory, config, is_main=is_main)
+    # with overwrite the main rank is deleting the old one: only it may look
+    finished = (directory / "summary.json").exists()
+    if finished and (is_main or not config.run.overwrite):
+        if is_main:
+            print(
+                f"{directory} is finished: see summary.json; run.overwrite=true trains it again, "
+                "run.name=... trains another"
+            )
+        return None
+    run = build_run(config)
+    sink = _sinks(config, directory) if is_main else MultiSink([])
+    try:
+        summary = dataclasses.replace(train(run, sink), world=world)
+    finally:
+        sink.close()
+        shutdown()
+    if is_main:
+        write_summary(directory / "summary.json", summary)
+        print_summary(summary)
+        print(f"{directory}: hf/ (model), metrics.jsonl, summary.json, tensorboard/")
+    if config.evaluate.fail_if_not_learned:
+        refuse_if_not_learned(summary)
+    return summary
+
+
+def prepare_directory(directory: Path, config: RunConfig, *, is_main: bool) -> None:
+    """Writes the resolved recipe, or checks that the one there is the same.
+
+    Only the main rank writes; the others wait for it where they first meet, in the process group.
+    """
+    path = directory / "config.yaml"
+    if not is_main:
+        return
+    if config.run.overwrite and directory.exists():
+        shutil.rmtree(directory)
+    if path.exists():
+        _refuse_changes(path, config)
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _refuse_changes(path: Path, config: RunConfig) -> None:
+    from omegaconf import OmegaConf
+
+    old = OmegaConf.to_container(OmegaConf.load(path))
+    new = config.model_dump(mode="json")
+    for key in _FREE:
+        for tree in (old, new):
+            _drop(tree, key)
+    changed = sorted(_differences(old, new))
+    if changed:
+        raise ConfigError(
+            f"{path.parent} holds a run with other settings ({', '.join(changed[:3])}); choose "
+            "another run.name, or run.overwrite=true to start afresh"
+        )
+
+
+def _drop(tree: Any, key: tuple[str, ...]) -> None:
+    for part in key[:-1]:
+        tree = tree.get(part, {})
+    tree.pop(key[-1], None)
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> set[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {
+            found
+            for key in old.keys() | new.keys()
+            for found in _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+        }
+    return set() if old == new else {prefix.rstrip(".")}
+
+
+def _sinks(config: RunConfig, directory: Path) -> Sink:
+    sinks: list[Sink] = [JsonlSink(directory / "metrics.jsonl")]
+    if config.logging.tensorboard:
+        sinks.append(TensorBoardSink(directory / "tensorboard"))
+    sinks.append(
+        ConsoleSink(num_steps=config.train.steps, log_interval=config.logging.log_interval)
+    )
+    return MultiSink(sinks)

@@ -1,0 +1,1 @@
+"""Engines and journals; nothing here knows of distillation."""

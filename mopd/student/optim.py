@@ -1,0 +1,63 @@
+"""Megatron's Adam and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mopd.config.schema import OptimizerSection
+from mopd.errors import ConfigError
+from mopd.student.model import StudentModel
+
+
+def build_optimizer(
+    section: OptimizerSection, *, model: StudentModel, total_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Adam with float32 main weights; norms and biases are not decayed, as in Megatron.
+
+    Of N steps the first W = `lr_warmup_fraction` * N run at lr * (i + 1) / W, the last
+    D = `lr_decay_fraction` * N fall linearly to min_lr + (lr - min_lr) / (D + 1), the rest run at
+    lr. Where the two overlap, the warm-up ends as the decay begins.
+    """
+    if section.min_lr > section.lr:
+        raise ConfigError(
+            f"student.optimizer.min_lr ({section.min_lr}) is above lr ({section.lr}); lower it"
+        )
+    is_bf16 = model.dtype == torch.bfloat16
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=section.lr,
+            min_lr=section.min_lr,
+            weight_decay=section.weight_decay,
+            adam_beta1=section.adam_beta1,
+            adam_beta2=section.adam_beta2,
+            adam_eps=section.adam_eps,
+            clip_grad=section.clip_grad,
+            bf16=is_bf16,
+            params_dtype=model.dtype,
+            use_distributed_optimizer=False,
+        ),
+        [model.ddp],
+    )
+    warmup_steps = round(section.lr_warmup_fraction * total_steps)
+    decay_steps = round(section.lr_decay_fraction * total_steps)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=min(warmup_steps, total_steps - decay_steps),
+        # One step past the end, so that no step of the run has a learning rate of zero.
+        lr_decay_steps=total_steps + 1,
+        lr_decay_style="WSD",
+        wsd_decay_steps=decay_steps + 1,
+        lr_wsd_decay_style="linear",
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )
+    scheduler.step(1)  # Megatron counts from 0, where the warm-up is still at zero
+    return optimizer, scheduler

@@ -1,0 +1,56 @@
+"""Every random generator of a process, as tensors and JSON."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+_TRACKER = "tracker."
+
+
+def capture_rng() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """States of torch, Megatron's tracker, numpy and python: (tensors, JSON values)."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    for name, state in _tracker().get_states().items():
+        tensors[_TRACKER + name] = state.clone()
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    tensors["numpy"] = torch.tensor(np.asarray(keys, dtype=np.int64))
+    version, words, gauss_next = random.getstate()
+    tensors["python"] = torch.tensor(words, dtype=torch.int64)
+    values = {
+        "numpy": [kind, int(position), int(has_gauss), float(gauss)],
+        "python": [version, gauss_next],
+    }
+    return tensors, values
+
+
+def _tracker() -> CudaRNGStatesTracker:
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None
+    return tracker
+
+
+def restore_rng(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    """Undo everything since `capture_rng`."""
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    _tracker().set_states(
+        {
+            name.removeprefix(_TRACKER): state
+            for name, state in tensors.items()
+            if name.startswith(_TRACKER)
+        }
+    )
+    kind, position, has_gauss, gauss = values["numpy"]
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, position, has_gauss, gauss))
+    version, gauss_next = values["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss_next))

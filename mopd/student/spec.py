@@ -1,0 +1,151 @@
+"""Transformer layers in plain torch under Transformer Engine's parameter names.
+
+Shapes follow Megatron: S sequence, B batch, H hidden, N query heads and G query groups of this
+tensor-parallel rank, D head size. Activations are [S, B, ...].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Root-mean-square norm over the last axis, in float32 until the weight is applied."""
+    wide = hidden.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(hidden.dtype)
+
+
+def _norm_weight(config: TransformerConfig, hidden_size: int) -> nn.Parameter:
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+    # Under sequence parallelism each rank sees a part of the sequence, so its gradient is partial;
+    # Megatron sums the gradients of parameters that carry this mark.
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return weight
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.epsilon = eps
+        self.weight = _norm_weight(config, hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden, self.weight, self.epsilon)
+
+
+class NormColumnParallelLinear(ColumnParallelLinear):
+    """RMS norm, then a column-parallel linear; the norm's weight is `layer_norm_weight`."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any
+    ) -> None:
+        super().__init__(input_size, output_size, config=config, **options)
+        self.epsilon = config.layernorm_epsilon
+        self.layer_norm_weight = _norm_weight(config, input_size)
+
+    def forward(
+        self, input_: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normed = rms_norm(input_, self.layer_norm_weight, self.epsilon)
+        return super().forward(normed, *args, **kwargs)
+
+
+class CausalAttention(nn.Module):
+    """Causal softmax attention with grouped queries through torch's fused kernel.
+
+    Padding is on the right, where causality already hides it from every real token: no mask.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        del layer_number, cp_comm_type, pg_collection
+        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
+        assert config.context_parallel_size == 1
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,  # [S, B, N, D]
+        key: torch.Tensor,  # [S, B, G, D]
+        value: torch.Tensor,  # [S, B, G, D]
+        attention_mask: torch.Tensor | None,
+        **options: Any,
+    ) -> torch.Tensor:  # [S, B, N * D]
+        assert attention_mask is None and options.get("packed_seq_params") is None
+        sequence, batch = query.shape[:2]
+        attended = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return attended.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+
+
+def decoder_spec(config: TransformerConfig, *, pp_rank: int) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage and the final norm."""
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=NormColumnParallelLinear,
+            core_attention=CausalAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        params={"ffn_hidden_size": config.ffn_hidden_size},
+        submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+        ),
+    )
+    num_layers = get_num_layers_to_build(config, pp_rank=pp_rank)
+    # Megatron's annotations leave out the functions and classes that its own specs pass.
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * num_layers,
+        layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
+    )

@@ -1,0 +1,197 @@
+"""One optimizer step of the student, always through Megatron's schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from mopd.losses.base import LossOutput
+from mopd.student.model import StudentModel
+from mopd.types import MicroBatch, StepBatch
+
+LossFunction = Callable[[torch.Tensor, MicroBatch, StepBatch], LossOutput]
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One step, the same on every rank. `loss` and `metrics` are sums over all replicas."""
+
+    loss: float  # sum of all micro-batches' `total`, divided by the step's real tokens
+    grad_norm: float  # before clipping
+    lr: float
+    metrics: Mapping[str, float]
+    skipped: bool  # a loss or gradient was not finite, so no weight changed
+
+
+class Student:
+    """The model, its optimizer and its schedule.
+
+    `loss_function(logits [B, L, V_local], micro_batch, batch)` runs on last-stage ranks. With T
+    real tokens in the whole step and a loss sum_j lambda_j S_j / D_j, its totals add up, over all
+    micro-batches of all replicas, to T * sum_j lambda_j S_j / D_j.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: StudentModel,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        loss_function: LossFunction,
+        clip_grad: float,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self._loss_function = loss_function
+        self._clip_grad = clip_grad
+        self._forward_backward = get_forward_backward_func()
+
+    def train_step(self, batch: StepBatch) -> StepResult:
+        """Forward, backward, clip, update. Collective over all ranks.
+
+        Micro-batches may differ in shape, and replicas in their number of micro-batches.
+        """
+        self.model.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run(batch.micro_batches, partial(self._loss, batch=batch))
+        sums = self._share(_sum_metrics(outputs))
+        num_tokens = sums.pop(_TOKENS)
+        if num_tokens != batch.num_tokens:
+            # Megatron divides by the tokens it counts, the losses multiply by the batch's.
+            raise ValueError(f"{batch.num_tokens=} but the micro-batches hold {num_tokens:.0f}")
+        loss = sums.pop(_LOSS) / max(num_tokens, 1.0)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        grad_norm = self._prepare_update()
+        # Both numbers are equal on all ranks, so all ranks take the same branch.
+        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if not skipped:
+            self.optimizer.step_with_ready_grads()
+            self.scheduler.step(1)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, metrics=sums, skipped=skipped)
+
+    def forward_logits(self, tokens: np.ndarray) -> torch.Tensor:
+        """Logits [B, L, vocab_size] of `tokens` [B, L] on every rank of the replica, for tests."""
+        lengths = np.full(len(tokens), tokens.shape[1], dtype=np.int64)
+        micro_batch = MicroBatch(
+            tokens=tokens, lengths=lengths, response_mask=np.zeros(tokens.shape, dtype=bool)
+        )
+        with torch.no_grad():
+            outputs = self._run((micro_batch,), lambda *_: _keep, forward_only=True)
+        topology, model = self.model.topology, self.model
+        size = (*tokens.shape, model.padded_vocab_size)
+        if topology.is_last_stage:
+            logits = _gather_vocab(outputs[0], topology.tp_group)
+        else:
+            logits = torch.empty(size, dtype=model.dtype, device=topology.device)
+        dist.broadcast(logits, src=topology.tail_rank, group=topology.replica_group)
+        return logits[..., : model.vocab_size]
+
+    def _run(
+        self,
+        micro_batches: tuple[MicroBatch, ...],
+        make_loss: Callable[[MicroBatch], Callable[..., Any]],
+        *,
+        forward_only: bool = False,
+    ) -> list[Any]:
+        """Megatron's schedule over the micro-batches; what the loss closures return, if any."""
+        if not micro_batches:
+            raise ValueError("a step without micro-batches; give an idle replica an empty one")
+        rows, length = micro_batches[0].tokens.shape
+
+        def forward_step(
+            iterator: Iterator[MicroBatch], module: torch.nn.Module
+        ) -> tuple[torch.Tensor, Callable[..., Any]]:
+            micro_batch = next(iterator)
+            return self._forward(module, micro_batch), make_loss(micro_batch)
+
+        return self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=self.model.ddp,
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _forward(self, module: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        device = self.model.topology.device
+        tokens = torch.tensor(micro_batch.tokens, dtype=torch.int64, device=device)
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        return module(input_ids=tokens, position_ids=positions, attention_mask=None)
+
+    def _loss(self, micro_batch: MicroBatch, *, batch: StepBatch) -> Callable[..., Any]:
+        def compute(
+            logits: torch.Tensor,
+        ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            output = self._loss_function(logits, micro_batch, batch)
+            num_tokens = int(micro_batch.lengths.sum())
+            metrics = {
+                **{name: value.detach() for name, value in output.metrics.items()},
+                _LOSS: output.total.detach(),
+                _TOKENS: torch.tensor(float(num_tokens)),
+            }
+            count = torch.tensor(num_tokens, dtype=torch.int, device=logits.device)
+            return output.total, count, metrics
+
+        return compute
+
+    def _share(self, sums: dict[str, float]) -> dict[str, float]:
+        """Add up the last stages of all replicas, then hand the sums to their other stages."""
+        topology = self.model.topology
+        totals: dict[str, float] = {}
+        if topology.is_last_stage:
+            parts: list[dict[str, float]] = [{} for _ in range(topology.dp_size)]
+            dist.all_gather_object(parts, sums, group=topology.dp_host_group)
+            for part in parts:
+                for name, value in part.items():
+                    totals[name] = totals.get(name, 0.0) + value
+        box = [totals]
+        dist.broadcast_object_list(
+            box, src=topology.tail_rank, group=topology.replica_group, device=HOST
+        )
+        return box[0]
+
+    def _prepare_update(self) -> float:
+        """Make the gradients ready for the optimizer, clipped; their norm before that."""
+        self.optimizer.prepare_grads()
+        if self._clip_grad > 0.0:
+            return float(self.optimizer.clip_grad_norm(self._clip_grad))
+        return float(self.optimizer.get_grad_norm())
+
+
+_LOSS, _TOKENS = "_loss", "_num_tokens"
+
+
+def _keep(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+    del non_loss_data
+    return logits
+
+
+def _sum_metrics(outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for metrics in outputs:
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return sums
+
+
+def _gather_vocab(logits: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    if group is None:
+        return logits.contiguous()
+    shards = [torch.empty_like(logits) for _ in range(group.size())]
+    dist.all_gather(shards, logits.contiguous(), group=group)
+    return torch.cat(shards, dim=-1)

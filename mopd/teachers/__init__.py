@@ -1,0 +1,1 @@
+"""Teachers score the student's answers, each with its own template and tokenizer."""

@@ -1,0 +1,133 @@
+"""A transformers teacher inside the lead rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopd.serving.generation import generate
+from mopd.serving.models import load_causal_lm, model_fingerprint
+from mopd.teachers.base import TeacherInput, teacher_input
+from mopd.tokens.chat import ChatTokenizer
+from mopd.types import Prompt, Rollout, TeacherScores
+
+
+class HfTeacher:
+    """Scores with one forward pass per batch; padded output columns never count.
+
+    Args:
+        top_k: entries per position; the rest is one tail.
+        temperature: the loss's, for the second log-sum-exp.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model_dir: Path,
+        *,
+        tokenizer: ChatTokenizer,
+        student: ChatTokenizer,
+        device: torch.device,
+        top_k: int,
+        temperature: float,
+        batch_size: int,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self._student = student
+        self._model = load_causal_lm(model_dir, device=device)
+        self._fingerprint = model_fingerprint(model_dir)
+        self._device = device
+        self._top_k = min(top_k, tokenizer.vocabulary.size)
+        self._temperature = temperature
+        self._batch_size = batch_size
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
+        """One `TeacherScores` per rollout, in order."""
+        scores: list[TeacherScores] = []
+        for begin in range(0, len(rollouts), self._batch_size):
+            part = [
+                teacher_input(rollout, self.tokenizer, student=self._student)
+                for rollout in rollouts[begin : begin + self._batch_size]
+            ]
+            scores += self._score_batch(part)
+        return scores
+
+    @torch.no_grad()
+    def _score_batch(self, inputs: Sequence[TeacherInput]) -> list[TeacherScores]:
+        longest = max(len(x.prompt_ids) + len(x.token_ids) for x in inputs)
+        ids = np.full((len(inputs), longest), self.tokenizer.pad_id, dtype=np.int64)
+        for row, x in enumerate(inputs):
+            ids[row, : len(x.prompt_ids)] = x.prompt_ids
+            ids[row, len(x.prompt_ids) : len(x.prompt_ids) + len(x.token_ids)] = x.token_ids
+        # right padding behind a causal mask needs no attention mask
+        logits = self._model(input_ids=torch.as_tensor(ids, device=self._device)).logits
+        sample = np.repeat(np.arange(len(inputs)), [len(x.token_ids) for x in inputs])
+        row = np.concatenate(
+            [len(x.prompt_ids) - 1 + np.arange(len(x.token_ids)) for x in inputs]
+        ).astype(np.int64)
+        actual = np.concatenate([x.token_ids for x in inputs]).astype(np.int64)
+        arrays = self._rows(logits[torch.as_tensor(sample), torch.as_tensor(row)], actual)
+        cuts = np.cumsum([len(x.token_ids) for x in inputs])[:-1]
+        parts = {name: np.split(array, cuts) for name, array in arrays.items()}
+        return [
+            TeacherScores(
+                teacher=self.name,
+                model_fingerprint=self._fingerprint,
+                token_ids=x.token_ids,
+                byte_ends=x.byte_ends,
+                valid=np.ones(len(x.token_ids), dtype=bool),
+                **{name: part[i] for name, part in parts.items()},
+            )
+            for i, x in enumerate(inputs)
+        ]
+
+    def _rows(self, logits: Tensor, actual: np.ndarray) -> dict[str, np.ndarray]:
+        """Top-k, tail, actual token and log-sum-exps of rows [N, V]."""
+        logits = logits[:, : self.tokenizer.vocabulary.size].float()
+        lse = torch.logsumexp(logits, dim=-1)
+        lse_tau = torch.logsumexp(logits / self._temperature, dim=-1)
+        log_probs = logits - lse[:, None]
+        top = log_probs.topk(self._top_k, dim=-1)
+        outside = log_probs.scatter(1, top.indices, float("-inf"))
+        return {
+            "logprobs": log_probs.gather(1, torch.as_tensor(actual)[:, None].to(logits.device))[
+                :, 0
+            ]
+            .cpu()
+            .numpy(),
+            "topk_ids": top.indices.to(torch.int32).cpu().numpy(),
+            "topk_logprobs": top.values.cpu().numpy(),
+            "log_tail": torch.logsumexp(outside, dim=-1).cpu().numpy(),
+            "lse": torch.stack([lse, lse_tau], dim=1).cpu().numpy(),
+        }
+
+    def accuracy(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> float | None:
+        """Greedy exact match on prompts with a checkable answer; None where there are none."""
+        checkable = [prompt for prompt in prompts if prompt.answer is not None]
+        if not checkable:
+            return None
+        answers = generate(
+            self._model,
+            [self.tokenizer.prompt_ids(prompt.messages) for prompt in checkable],
+            eos_id=self.tokenizer.eos_id,
+            vocab_size=self.tokenizer.vocabulary.size,
+            max_new_tokens=max_new_tokens,
+            temperature=1.0,
+            streams=None,
+        )
+        right = [
+            answer.stopped
+            and self.tokenizer.vocabulary.decode(answer.token_ids).strip()
+            == (prompt.answer or "").encode().strip()
+            for prompt, answer in zip(checkable, answers, strict=True)
+        ]
+        return float(np.mean(right))
+
+    def close(self) -> None:
+        """Frees the model."""
+        del self._model

@@ -1,0 +1,30 @@
+"""All teachers of a run, asked in one fixed order; routing is data on the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mopd.teachers.base import Teacher
+from mopd.types import Rollout, TeacherScores
+
+
+class TeacherPool:
+    """Scores every rollout with the teachers its prompt names."""
+
+    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+        self.teachers = teachers
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, TeacherScores]]:
+        """Per rollout: teacher name -> scores, in the pool's order."""
+        results: list[dict[str, TeacherScores]] = [{} for _ in rollouts]
+        for name, teacher in self.teachers.items():
+            index = [i for i, r in enumerate(rollouts) if name in r.prompt.teachers]
+            if index:
+                scores = teacher.score([rollouts[i] for i in index])
+                for i, score in zip(index, scores, strict=True):
+                    results[i][name] = score
+        return results
+
+    def close(self) -> None:
+        for teacher in self.teachers.values():
+            teacher.close()

@@ -1,0 +1,1 @@
+"""Token bytes, fingerprints and chat templates: what a tokenizer means, in bytes."""

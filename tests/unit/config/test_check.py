@@ -1,0 +1,157 @@
+"""Mistakes across sections are found before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from mopd.config.check import check_config
+from mopd.config.schema import RunConfig
+from mopd.errors import ConfigError
+
+SHAPE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    """A recipe without a mistake for one rank."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(SHAPE))
+    (model / "tokenizer.json").write_text("{}")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "untokenized").mkdir()
+    (tmp_path / "untokenized" / "config.json").write_text(json.dumps(SHAPE))
+    (tmp_path / "data.jsonl").write_text("")
+    return {
+        "student": {"model": str(model)},
+        "teachers": {"math": {"model": str(model)}, "code": {"model": str(model)}},
+        "data": {
+            "path": str(tmp_path / "data.jsonl"),
+            "heldout_path": str(tmp_path / "data.jsonl"),
+        },
+    }
+
+
+def check(recipe: dict[str, Any], *changes: str, world_size: int = 1) -> None:
+    merged = OmegaConf.merge(recipe, OmegaConf.from_dotlist(list(changes)))
+    values = OmegaConf.to_container(merged)
+    check_config(RunConfig.model_validate(values), world_size=world_size)
+
+
+def test_a_right_recipe_passes(recipe: dict[str, Any]) -> None:
+    check(recipe)
+    check(recipe, "student.parallel.tensor_model_parallel_size=2", world_size=4)
+    check(recipe, "gold.matched_weight=0.7", "gold.unmatched_weight=0.3")
+    check(recipe, "rollout.temperature=0.7", "teachers.code.backend.type=uniform")
+    check(recipe, "teachers.code.backend={type: custom, target: 'package.module:Name'}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        (
+            ["student.model=null"],
+            "student.model: is not set; set it to a Hugging Face directory, or use launch/train.py",
+        ),
+        (["teachers.math.model=null"], "teachers.math.model: is not set"),
+        (
+            ["teachers.math={model: null, backend: {type: uniform}}"],
+            "teachers.math.model: is not set",
+        ),
+        (["data.path=null"], "data.path: is not set; set it, or use launch/train.py"),
+        (["data.path=nope"], "data.path: nope is not a file"),
+        (["data.heldout_path=null"], "evaluate.fail_if_not_learned=false"),
+        (["data.heldout_path=nope"], "data.heldout_path: nope is not a file"),
+        (["student.model=nope"], "student.model: nope is not a directory"),
+        (["student.tokenizer=nope"], "student.tokenizer: nope has no tokenizer"),
+        (["teachers.math.tokenizer=nope"], "teachers.math.tokenizer: nope has no tokenizer"),
+        (
+            ["teachers.math.projection_matrix_path=nope"],
+            "projection_matrix_path: nope is not a file",
+        ),
+        (["teachers.math.weight=0", "teachers.code.weight=0"], "teachers.<name>.weight: all are 0"),
+        (["distillation.default_teacher=art"], "`art` is not a teacher; choose one of math, code"),
+        (["teachers.math.backend.type=custom"], "teachers.math.backend.target: is not set"),
+        (
+            ["rollout.backend={type: custom, target: nope}"],
+            "expected package.module:Name, got `nope`",
+        ),
+        (["rollout.backend.target='a:b'"], "rollout.backend.target: is only read by type=custom"),
+        (["rollout.backend.type=replay"], "rollout.backend.path: is not set"),
+        (["rollout.backend.path=nope"], "rollout.backend.path: is only read by type=replay"),
+        (
+            ["rollout.backend={type: replay, path: nope}"],
+            "rollout.backend.path: nope does not exist",
+        ),
+        (["gold.matched_weight=1"], "gold.unmatched_weight: is not set"),
+        (["gold.unmatched_weight=1"], "gold.matched_weight: is not set"),
+        (["gold={matched_weight: 0, unmatched_weight: 0}"], "both are 0"),
+        (
+            ["student.optimizer.lr_warmup_fraction=0.7"],
+            "lr_warmup_fraction + lr_decay_fraction = 1.1 is more than the whole run",
+        ),
+        (
+            ["student.parallel.tensor_model_parallel_size=2"],
+            "does not divide the world size 1; start a multiple of 2 ranks",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(
+    recipe: dict[str, Any], changes: list[str], wanted: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(recipe, *changes)
+    assert wanted in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_no_teachers(recipe: dict[str, Any]) -> None:
+    recipe["teachers"] = {}
+    with pytest.raises(ConfigError, match="teachers: is empty"):
+        check(recipe)
+
+
+def test_a_teacher_name_that_is_not_a_name(recipe: dict[str, Any]) -> None:
+    recipe["teachers"]["../up"] = recipe["teachers"]["math"]
+    with pytest.raises(ConfigError, match="rename it"):
+        check(recipe)
+
+
+def test_incomplete_model_directories(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"student\.model: .* has no config\.json"):
+        check(recipe, f"student.model={tmp_path / 'bare'}")
+    with pytest.raises(ConfigError, match=r"has no tokenizer .* set student\.tokenizer"):
+        check(recipe, f"student.model={tmp_path / 'untokenized'}")
+    check(
+        recipe,
+        f"student.model={tmp_path / 'untokenized'}",
+        f"student.tokenizer={tmp_path / 'model'}",
+    )
+
+
+def test_a_layout_that_the_model_does_not_allow(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"student\.parallel: .*query groups"):
+        check(recipe, "student.parallel.tensor_model_parallel_size=4", world_size=4)
+
+
+def test_a_batch_that_cannot_be_shared_evenly(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"data-parallel size 3; train\.num_prompts_per_step=66"):
+        check(recipe, world_size=3)
+    check(recipe, "rollout.num_generations_per_prompt=3", world_size=3)
