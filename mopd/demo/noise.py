@@ -47,9 +47,11 @@ class Segmenter:
 class PrefixNoise:
     """Makes a model robust to prefixes it would not write itself.
 
-    ``resplit_share`` of the samples have their answer cut at random (inputs and targets alike).
-    Half of all samples get some answer inputs replaced, and targets stay. In a cut answer only the
-    number of bytes tells where it stands, so there a replacement has the length of the original.
+    ``resplit_share`` of the samples have their answer cut at random in the inputs, while every
+    target is the canonical next token of what remains: the model follows any segmentation and
+    itself writes only its own. Half of all samples get some answer inputs replaced, and targets
+    stay. In a cut answer only the number of bytes tells where it stands, so there a replacement
+    has the length of the original.
     """
 
     def __init__(
@@ -74,16 +76,22 @@ class PrefixNoise:
 
     def row(self, example: Example, *, rng: np.random.Generator) -> Row:
         """One noisy training row."""
+        inputs = list(example.answer_ids)
         targets = example.answer_ids
         is_cut = rng.random() < self.spec.resplit_share
         if is_cut:
-            targets = [*self.segmenter.random(example.task.answer, rng=rng), self.end_id]
-        inputs = list(targets)
+            inputs = [*self.segmenter.random(example.task.answer, rng=rng), self.end_id]
+            targets = [*self._canonical_next(example.task.answer, inputs[:-1]), self.end_id]
         if rng.random() < 0.5:
-            for index, token in enumerate(targets[:-1]):
+            for index, token in enumerate(inputs[:-1]):
                 if rng.random() < self.spec.replace_rate:
                     pool = self.pool
                     if is_cut:
                         pool = self.same_length[self.lengths[token]] or [token]
                     inputs[index] = pool[int(rng.integers(len(pool)))]
         return make_row(example.prompt_ids, inputs=inputs, targets=targets)
+
+    def _canonical_next(self, text: str, pieces: list[int]) -> list[int]:
+        """Before each piece, the first token of the canonical encoding of the rest of ``text``."""
+        starts = np.cumsum([0, *(self.lengths[piece] for piece in pieces[:-1])])
+        return [self.segmenter.encode(text[start:])[0] for start in starts.tolist()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -50,35 +52,43 @@ def test_random_segmentations_have_all_depths(
     assert segmenter.random("7", rng=rng) == segmenter.encode("7")
 
 
-def test_half_of_the_samples_stay_canonical(
+def test_half_of_the_inputs_stay_canonical_and_all_targets_are(
     tokenizer: PreTrainedTokenizerFast, table: list[bytes], examples: list[Example]
 ) -> None:
-    spec = WorldSpec.tiny()
+    spec = dataclasses.replace(WorldSpec.tiny(), replace_rate=0.0)
     noise = PrefixNoise(spec, tokenizer=tokenizer, examples=examples, table=table)
-    rng, canonical = np.random.default_rng(0), 0
+    segmenter, rng, canonical = Segmenter(tokenizer), np.random.default_rng(0), 0
     for example in examples * 4:
-        _, targets = noise.row(example, rng=rng)
-        answer = [token for token in targets if token != -100]
-        assert _spell(answer, table) == example.task.answer
-        assert answer[-1] == tokenizer.eos_token_id
-        canonical += answer == example.answer_ids
+        row, row_targets = noise.row(example, rng=rng)
+        start, text = len(example.prompt_ids), example.task.answer
+        assert row[:start] == example.prompt_ids
+        inputs, targets = row[start:], row_targets[start - 1 :]
+        assert _spell(inputs, table) == text
+        rests = [text[len(_spell(inputs[:at], table)) :] for at in range(len(inputs))]
+        assert targets == [*(segmenter.encode(rest)[0] for rest in rests), tokenizer.eos_token_id]
+        canonical += inputs == example.answer_ids[:-1]
     assert canonical / (4 * len(examples)) == pytest.approx(0.55, abs=0.1)
 
 
+@pytest.mark.parametrize("resplit_share", [0.0, 1.0])
 def test_replaced_inputs_keep_their_targets(
-    tokenizer: PreTrainedTokenizerFast, table: list[bytes], examples: list[Example]
+    tokenizer: PreTrainedTokenizerFast,
+    table: list[bytes],
+    examples: list[Example],
+    resplit_share: float,
 ) -> None:
-    noise = PrefixNoise(WorldSpec.tiny(), tokenizer=tokenizer, examples=examples, table=table)
+    spec = dataclasses.replace(WorldSpec.tiny(), resplit_share=resplit_share)
+    noise = PrefixNoise(spec, tokenizer=tokenizer, examples=examples, table=table)
     rng, replaced = np.random.default_rng(0), 0
     for example in examples:
         inputs, targets = noise.row(example, rng=rng)
-        assert len(inputs) == len(targets)
-        start = len(example.prompt_ids)
-        assert inputs[:start] == example.prompt_ids
-        shown, wanted = inputs[start:], targets[start - 1 : -1]
-        replaced += shown != wanted
-        if [*wanted, targets[-1]] != example.answer_ids:
-            assert len(_spell(shown, table)) == len(_spell(wanted, table))
+        start, text = len(example.prompt_ids), example.task.answer
+        shown = _spell(inputs[start:], table)
+        replaced += shown != text
+        if resplit_share == 0.0:
+            assert targets[start - 1 :] == example.answer_ids
+        else:
+            assert len(shown) == len(text)
     assert 0.1 < replaced / len(examples) < 0.5
 
 

@@ -1,0 +1,81 @@
+"""A run that is killed continues as if nothing had happened."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mopd.demo import World
+from tests.helpers.runs import ROOT, command, environment, launch, step_lines, summary, words
+
+STEPS = 12
+
+
+def run_words(world: World, directory: Path, name: str) -> list[str]:
+    return words(
+        world,
+        directory,
+        name,
+        train__steps=STEPS,
+        checkpoint__save_interval=4,
+        student__optimizer__lr=3e-3,
+    )
+
+
+def kill_after(lines: int, recipe_words: list[str], run: Path) -> None:
+    """Starts the run and sends SIGKILL once it has logged ``lines`` steps."""
+    process = subprocess.Popen(
+        command("mopd_ctkd", recipe_words),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.e2e
+def test_a_killed_run_continues_bitwise(tiny_world: World, tmp_path: Path) -> None:
+    whole = launch("mopd_ctkd", run_words(tiny_world, tmp_path, "whole"))
+    assert whole.returncode == 0, whole.stderr
+    overrides = run_words(tiny_world, tmp_path, "killed")
+    kill_after(6, overrides, tmp_path / "killed")
+    assert len(step_lines(tmp_path / "killed")) < STEPS
+    continued = launch("mopd_ctkd", overrides)
+    assert continued.returncode == 0, continued.stderr
+    expected, found = step_lines(tmp_path / "whole"), step_lines(tmp_path / "killed")
+    assert [line["step"] for line in found] == list(range(STEPS))
+    assert found == expected
+    ours, theirs = summary(tmp_path / "killed"), summary(tmp_path / "whole")
+    assert ours.pop("seconds") > 0 and theirs.pop("seconds") > 0
+    assert ours == theirs
+    for file in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (tmp_path / "killed/hf" / file).read_bytes() == (
+            tmp_path / "whole/hf" / file
+        ).read_bytes()
+    journals = [
+        (tmp_path / name / "journal/rollouts-0.jsonl").read_text() for name in ("killed", "whole")
+    ]
+    assert journals[0] == journals[1]
+
+
+@pytest.mark.e2e
+def test_a_finished_run_and_a_changed_recipe(tiny_world: World, tmp_path: Path) -> None:
+    overrides = words(tiny_world, tmp_path, "done", train__steps=1)
+    assert launch("mopd_ctkd", overrides).returncode == 0
+    again = launch("mopd_ctkd", overrides)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    other = launch("mopd_ctkd", [*overrides, "run.seed=9"])
+    assert other.returncode == 2
+    assert "other settings (run.seed)" in other.stderr and other.stderr.count("\n") == 1
