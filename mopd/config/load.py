@@ -23,6 +23,7 @@ from mopd.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SUFFIXES = (".yaml", ".yml")
+LAYERS = ("base", "world")  # files that recipes build on
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w-]*(\.[\w-]+)*)=(?P<value>.+)", re.DOTALL)
 
 Fill = Callable[[DictConfig], DictConfig]
@@ -41,8 +42,14 @@ def load_config(
     top = _parse_overrides(overrides)
     layers = [_defaults(), *_read_layers(_find(recipe), ()), top]
     merged = _without_null_teachers(_merge(layers))
-    if fill is not None:
-        merged = _without_null_teachers(_merge([fill(merged), top]))
+    config = _resolve(merged)
+    if fill is None:
+        return config
+    # resolved before, too: filling in may take minutes, and a typing error should not
+    return _resolve(_without_null_teachers(_merge([fill(merged), top])))
+
+
+def _resolve(merged: DictConfig) -> RunConfig:
     with _one_line_errors("recipe"):
         values = OmegaConf.to_container(merged, resolve=True)
     assert isinstance(values, dict)
@@ -102,7 +109,7 @@ def _find(recipe: str | Path) -> Path:
 
 
 def _available() -> str:
-    found = sorted(RECIPES.rglob("*.yaml"))
+    found = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem not in LAYERS)
     names = ", ".join(path.relative_to(RECIPES).with_suffix("").as_posix() for path in found)
     return f"recipes: {names or 'none'}, or the path of a .yaml file"
 

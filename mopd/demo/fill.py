@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mopd.config.load import RECIPES
-from mopd.demo.build import ensure_world
-from mopd.demo.spec import TEACHERS, WorldSpec
+from mopd.demo.build import ensure_peer, ensure_world
+from mopd.demo.spec import PEER, TEACHERS, World, WorldSpec
 
 
 class WorldFill:
@@ -25,7 +27,8 @@ class WorldFill:
         self._spec = spec or WorldSpec()
 
     def __call__(self, recipe: DictConfig) -> DictConfig:
-        open_keys = _open_keys(recipe)
+        names = (PEER,) if OmegaConf.select(recipe, "distillation.loss") == "kl" else TEACHERS
+        open_keys = _open_keys(recipe, names)
         if not open_keys:
             return recipe
         root = Path(recipe.cache_dir) / "world"
@@ -39,8 +42,8 @@ class WorldFill:
             paths = {"path": str(world.data), "heldout_path": str(world.heldout)}
             layers.append(OmegaConf.create({"data": paths}))
         teachers = {
-            name: {"model": str(path), "domains": [name]}
-            for name, path in world.teachers.items()
+            name: self._teacher(world, name)
+            for name in names
             if f"teachers.{name}.model" in open_keys
         }
         layers.append(OmegaConf.create({"teachers": teachers}))
@@ -48,15 +51,23 @@ class WorldFill:
             print(f"not set: {', '.join(open_keys)}; using the embedded world {world.path}")
         return OmegaConf.merge(*layers)  # type: ignore[return-value]
 
+    def _teacher(self, world: World, name: str) -> dict[str, Any]:
+        if name == PEER:
+            return {"model": str(ensure_peer(world, progress=self._announce))}
+        return {"model": str(world.teachers[name]), "domains": [name]}
 
-def _open_keys(recipe: DictConfig) -> list[str]:
-    """The keys that the world can fill: all of a recipe without teachers, else those unset."""
+
+def _open_keys(recipe: DictConfig, names: Sequence[str]) -> list[str]:
+    """The keys that the world can fill.
+
+    A recipe with teachers of its own keeps to them; the world's are then filled in by name only.
+    """
     keys = [key for key in ("student.model", "data.path") if OmegaConf.select(recipe, key) is None]
     named = OmegaConf.select(recipe, "teachers") or {}
-    wanted = [name for name in TEACHERS if not named or name in named]
+    own = any(teacher.get("model") is not None for teacher in named.values())
     keys += [
         f"teachers.{name}.model"
-        for name in wanted
-        if OmegaConf.select(recipe, f"teachers.{name}.model") is None
+        for name in names
+        if (name in named or not own) and OmegaConf.select(recipe, f"teachers.{name}.model") is None
     ]
     return keys

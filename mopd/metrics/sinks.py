@@ -27,6 +27,10 @@ class Sink(Protocol):
         """Record one step. Steps rise, except after `truncate_from`."""
         ...
 
+    def note(self, message: str) -> None:
+        """Pass on one line of news (a warning) to a person; files have no use for it."""
+        ...
+
     def truncate_from(self, step: int) -> None:
         """Forget every step >= `step`: a resumed run is about to write them again."""
         ...
@@ -43,6 +47,10 @@ class MultiSink:
     def log(self, step: int, line: StepLine) -> None:
         for sink in self._sinks:
             sink.log(step, line)
+
+    def note(self, message: str) -> None:
+        for sink in self._sinks:
+            sink.note(message)
 
     def truncate_from(self, step: int) -> None:
         for sink in self._sinks:
@@ -67,6 +75,9 @@ class JsonlSink:
     def log(self, step: int, line: StepLine) -> None:
         self._file.write(json_line({"step": step, **line}) + "\n")
         self._file.flush()
+
+    def note(self, message: str) -> None:
+        del message
 
     def truncate_from(self, step: int) -> None:
         """Drop lines with `step` >= the given one; a line that is not JSON is an ArtifactError."""
@@ -133,6 +144,9 @@ class TensorBoardSink:
         ]
         summary = self._summary(value=scalars)
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def note(self, message: str) -> None:
+        del message
 
     def truncate_from(self, step: int) -> None:
         """Tell TensorBoard that the run restarted: it hides older events from `step` on."""

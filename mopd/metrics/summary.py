@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mopd.metrics.text import json_safe, printable, replace_file
+
+CANONICAL_LOSS = 0.15  # a fall of the canonical share that is worth a warning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +82,19 @@ def write_summary(path: Path, summary: Summary) -> None:
             "learned": summary.learned,
             "domains": domains,
             "chunks": {name: chunk_shares(counts) for name, counts in summary.chunks.items()},
+            "chunks_of_all_teachers": chunk_shares(_added(summary.chunks.values())),
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for key, value in part.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
@@ -102,7 +113,20 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         outside = chunk_shares(counts)["tokens_outside_1_1"]
         line = f"{name}: {outside:.0%} of the tokens lie in chunks other than 1-1"
         console.print(Text(printable(line)), soft_wrap=True)
+    for line in _warnings(summary):
+        console.print(Text(printable(line)), soft_wrap=True)
     console.print(f"{summary.steps} steps in {summary.seconds:.0f} s")
+
+
+def _warnings(summary: Summary) -> Iterator[str]:
+    """A student that wins by writing its teacher's tokens has not learned in its own."""
+    for name, result in summary.domains.items():
+        before, after = result.canonical_before, result.canonical_after
+        if before is not None and after is not None and after < before - CANONICAL_LOSS:
+            yield (
+                f"warning: {name}: the share of answers in the student's own segmentation fell "
+                f"from {before:.0%} to {after:.0%}"
+            )
 
 
 def _percent(share: float | None) -> str:

@@ -30,6 +30,7 @@ from mopd.student.step import StepResult
 from mopd.types import StepBatch
 
 MAX_SKIPPED_IN_A_ROW = 10
+MASKED_WARNING = 0.05
 
 
 @dataclass(slots=True)
@@ -148,6 +149,11 @@ def _log(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seconds:
     merged = merge(gather_leads(run.topology, means(batch.metrics)))
     tokens = merged["masked"].count
     line |= values(merged)
+    if line["masked"] > MASKED_WARNING:
+        sink.note(
+            f"warning: step {batch.step}: {line['masked']:.0%} of the response tokens have no "
+            "teacher; the policy may be leaving the text that teachers can read"
+        )
     line["tokens_per_second"] = tokens / seconds
     line["time/step"] = seconds
     line |= values(run.spans.drain())

@@ -1,0 +1,156 @@
+"""JSONL rows, routing, and the order in which prompts are drawn."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mopd.config.schema import DistillationSection, TeacherSection
+from mopd.errors import ConfigError
+from mopd.runtime.data import PromptSource, Router, read_prompts
+from mopd.types import Prompt
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def router(default: str | None = None, **domains: tuple[str, ...]) -> Router:
+    teachers = {name: TeacherSection(domains=listed) for name, listed in domains.items()}
+    return Router(teachers, DistillationSection(default_teacher=default))
+
+
+ROUTER = router(math=("math",), code=("code", "shell"))
+
+
+def write(path: Path, *rows: dict[str, Any] | str) -> Path:
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
+    return path
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"messages": MESSAGES, "domain": "math"} | changes
+
+
+def test_rows_become_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", row(id=7, answer=12), "", row(domain="shell"))
+    first, second = read_prompts(path, router=ROUTER, teacher_key="domain")
+    assert (first.id, first.answer, first.domain, first.teachers) == ("7", "12", "math", ("math",))
+    assert (second.id, second.answer, second.teachers) == ("d-3", None, ("code",))
+    assert first.messages == ({"role": "user", "content": "hi"},)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "a JSON object"),
+        (json.dumps({"domain": "math"}), "'messages' must be"),
+        (json.dumps(row(messages=[])), "'messages' must be"),
+        (json.dumps(row(messages=[{"role": "user"}])), "'messages' must be"),
+        (json.dumps(row(messages=["hi"])), "'messages' must be"),
+        (json.dumps(row(id="a")), "id 'a' is used twice"),
+        (json.dumps(row(domain="law")), "no teacher judges domain='law'"),
+        (json.dumps({"messages": MESSAGES}), "no teacher judges domain='default'"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, bad: str, message: str) -> None:
+    path = write(tmp_path / "d.jsonl", row(id="a"), bad)
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(path, router=ROUTER, teacher_key="domain")
+    text = str(caught.value)
+    assert text.startswith(f"{path}:2: ") and message in text
+    assert "\n" not in text
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", "", "  ")
+    with pytest.raises(ConfigError, match="no rows"):
+        read_prompts(path, router=ROUTER, teacher_key="domain")
+
+
+@pytest.mark.xfail(strict=True, reason="str.splitlines() also cuts at U+2028, U+0085, \\x1c ...")
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
+def test_line_separators_inside_a_string_are_text(tmp_path: Path, character: str) -> None:
+    content = f"a{character}b"
+    path = tmp_path / "d.jsonl"
+    text = json.dumps(row(messages=[{"role": "user", "content": content}]), ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    (prompt,) = read_prompts(path, router=ROUTER, teacher_key="domain")
+    assert prompt.messages[0]["content"] == content
+
+
+def test_routing() -> None:
+    everyone = router(math=("math",), all=())
+    assert everyone.route("math", "x") == ("math", "all")
+    assert everyone.route("law", "x") == ("all",)
+    assert router("code", math=("math",), code=("code",)).route("law", "x") == ("code",)
+    assert router("code", math=("math",), code=("code",)).route("math", "x") == ("math",)
+
+
+def test_teachers_of_weight_0_judge_nothing() -> None:
+    teachers = {"a": TeacherSection(weight=0), "b": TeacherSection(domains=("x",))}
+    assert Router(teachers, DistillationSection()).route("x", "w") == ("b",)
+    with pytest.raises(ConfigError, match="no teacher judges"):
+        Router(teachers, DistillationSection()).route("y", "w")
+
+
+@pytest.mark.xfail(strict=True, reason="Router and check_config accept an unloaded default teacher")
+def test_a_default_teacher_of_weight_0_is_refused() -> None:
+    teachers = {"a": TeacherSection(weight=0), "b": TeacherSection(domains=("x",))}
+    with pytest.raises(ConfigError):
+        Router(teachers, DistillationSection(default_teacher="a")).route("y", "w")
+
+
+def prompts(**sizes: int) -> list[Prompt]:
+    return [
+        Prompt(id=f"{domain}{n}", messages=(), domain=domain)
+        for domain, size in sizes.items()
+        for n in range(size)
+    ]
+
+
+def source(pool: list[Prompt], *, size: int, seed: int = 1, balance: bool = True) -> PromptSource:
+    return PromptSource(pool, num_prompts_per_step=size, seed=seed, balance=balance)
+
+
+def drawn(source_: PromptSource, steps: range) -> list[list[str]]:
+    return [[prompt.id for prompt in source_.take(step)] for step in steps]
+
+
+def test_steps_do_not_depend_on_what_was_drawn_before() -> None:
+    pool = prompts(a=7, b=5)
+    whole = drawn(source(pool, size=4), range(12))
+    assert drawn(source(pool, size=4), range(12)) == whole
+    assert drawn(source(pool, size=4), range(9, 12)) == whole[9:]
+    backwards = source(pool, size=4)
+    assert [drawn(backwards, range(s, s + 1))[0] for s in reversed(range(12))] == whole[::-1]
+    assert drawn(source(pool, size=4, seed=2), range(12)) != whole
+
+
+def test_every_prompt_comes_once_an_epoch_and_epochs_differ() -> None:
+    steps = drawn(source(prompts(a=6, b=4), size=4), range(6))
+    for domain, size in (("a", 6), ("b", 4)):
+        mine = [name for step in steps for name in step if name.startswith(domain)]
+        epochs = [mine[i : i + size] for i in range(0, len(mine) - size + 1, size)]
+        assert all(len(set(epoch)) == size for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_balance_holds_in_every_step_and_over_the_run(size: int) -> None:
+    steps = drawn(source(prompts(a=30, b=3), size=size), range(6))
+    for step in steps:
+        counts = Counter(name[0] for name in step)
+        assert abs(counts["a"] - counts["b"]) <= size % 2
+    total = Counter(name[0] for step in steps for name in step)
+    assert abs(total["a"] - total["b"]) <= 1
+
+
+def test_without_balance_domains_come_as_often_as_they_are_in_the_data() -> None:
+    steps = drawn(source(prompts(a=9, b=3), size=4, balance=False), range(3))
+    assert Counter(name[0] for step in steps for name in step) == {"a": 9, "b": 3}
