@@ -89,7 +89,8 @@ def _student_process(
         options = [
             word
             for word in words
-            if len(prefix) < 2 and student.encode(student.decode([*prefix, word])) == [*prefix, word]
+            if len(prefix) < 2
+            and student.encode(student.decode([*prefix, word])) == [*prefix, word]
         ]
         options += [student.eos_id] if prefix else []
         share = generator.dirichlet(np.ones(len(options)))
@@ -130,9 +131,7 @@ def _losses(
     projection: Projection,
 ) -> list[tuple[int, int, float, float]]:
     """(student position, teacher position, value, largest gradient entry) of each boundary."""
-    alignment = align_bytes(
-        student.byte_ends(ids)[:-1], scores.byte_ends[:-1], both_end_turn=True
-    )
+    alignment = align_bytes(student.byte_ends(ids)[:-1], scores.byte_ends[:-1], both_end_turn=True)
     shard = ProjectionShard(projection, start=0, end=student.size, device=torch.device("cpu"))
     result = []
     for chunk in range(alignment.num_chunks):

@@ -41,7 +41,7 @@ def rows(positions: list[int], *, width: int, paths: int = 0) -> TeacherRows:
     )
 
 
-EMPTY = rows([], width=2)
+EMPTY = replace(rows([], width=2), chunk_size=np.zeros((0, 2), dtype=np.int32))
 
 
 def test_padding_lengths_and_masks() -> None:

@@ -13,7 +13,7 @@ from mopd.align.boundaries import align_bytes
 from mopd.align.payload import PayloadOptions, fold_rows, teacher_rows, temper
 from mopd.projection import ProjectionOptions, build_projection
 from mopd.tokens.vocabulary import Vocabulary
-from mopd.types import Prompt, Projection, Rollout, TeacherRows, TeacherScores
+from mopd.types import Projection, Prompt, Rollout, TeacherRows, TeacherScores
 from tests.helpers.vocabularies import byte_level, ids_of
 
 PLAIN = PayloadOptions(temperature=1.0)
@@ -219,9 +219,7 @@ class Paths:
         student_ids, teacher_ids = _ids(self.student, written), _ids(self.teacher, heard)
         ids, logs = _listed(self.teacher, rows)
         with np.errstate(divide="ignore"):
-            actual = [
-                np.log(row.get(word, 0.0)) for row, word in zip(rows, heard, strict=True)
-            ]
+            actual = [np.log(row.get(word, 0.0)) for row, word in zip(rows, heard, strict=True)]
         temperature = changes.pop("temperature", 1.0)
         scores = replace(
             scores_of([0] * len(heard)),

@@ -37,6 +37,7 @@ def test_segmentation_bias_is_all_that_is_left() -> None:
     [
         ("two fibres in one column", (["vi", "vibi", " vibi", " x"], [" vi", "bi"], "vibx ")),
         ("folds behind another stop token", (["13"], ["3x", "13x"], "13x")),
+        ("off the path, a gap", (["23", "123"], [], "123")),  # no "12" to stop at
         ("student merges not from the left", (["bc", "ab"], [], "abc")),
         ("teacher merges across student tokens", (["abcd", "abcc"], ["ab", "cd"], "abcd")),
     ],

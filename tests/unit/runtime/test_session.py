@@ -1,0 +1,89 @@
+"""The directory of a run: fresh, continued, refused, overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mopd.config.schema import RunConfig
+from mopd.errors import ConfigError
+from mopd.runtime.session import prepare_directory, run_session
+
+
+def config(directory: Path, **changes: Any) -> RunConfig:
+    sections = {"run": {"dir": str(directory), "name": "r"}, **changes}
+    sections["run"] = {"dir": str(directory), "name": "r", **changes.get("run", {})}
+    return RunConfig.model_validate(sections)
+
+
+def prepare(root: Path, **changes: Any) -> Path:
+    run = root / "r"
+    prepare_directory(run, config(root, **changes), is_main=True)
+    return run
+
+
+def test_a_fresh_run_gets_its_resolved_recipe(tmp_path: Path) -> None:
+    run = prepare(tmp_path)
+    assert "num_prompts_per_step: 64" in (run / "config.yaml").read_text()
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
+def test_other_ranks_touch_nothing(tmp_path: Path) -> None:
+    prepare_directory(tmp_path / "r", config(tmp_path), is_main=False)
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_same_recipe_continues_and_free_keys_may_change(tmp_path: Path) -> None:
+    run = prepare(tmp_path)
+    (run / "kept").touch()
+    prepare(tmp_path, run={"threads": 3}, logging={"tensorboard": False})
+    prepare(tmp_path, checkpoint={"save_interval": 7})
+    assert (run / "kept").exists()
+    assert "save_interval: 7" in (run / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"run": {"seed": 2}}, "run.seed"),
+        ({"train": {"steps": 7}}, "train.steps"),
+        ({"teachers": {"a": {"weight": 2.0}}}, "teachers.a"),
+        ({"ctkd": {"path_terms": False}}, "ctkd.path_terms"),
+    ],
+)
+def test_another_recipe_is_refused_by_key(
+    tmp_path: Path, changes: dict[str, Any], key: str
+) -> None:
+    run = prepare(tmp_path)
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(ConfigError) as caught:
+        prepare(tmp_path, **changes)
+    assert key in str(caught.value) and "run.overwrite=true" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_overwrite_starts_afresh(tmp_path: Path) -> None:
+    run = prepare(tmp_path)
+    (run / "journal").mkdir()
+    (run / "summary.json").touch()
+    prepare(tmp_path, run={"overwrite": True, "seed": 2})
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.xfail(strict=True, reason="overwrite deletes whatever run.dir/run.name is")
+def test_overwrite_does_not_delete_what_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "thesis.tex").touch()
+    with pytest.raises(ConfigError):
+        prepare(tmp_path, run={"overwrite": True})
+    assert (tmp_path / "r" / "thesis.tex").exists()
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = prepare(tmp_path)
+    (run / "summary.json").touch()
+    assert run_session(config(tmp_path), world=None) is None
+    assert "is finished" in capsys.readouterr().out
