@@ -38,8 +38,8 @@ lint: setup ## ruff: rules and formatting
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
-types: setup ## pyright on mopd
-	$(BIN)/pyright
+types: setup ## basedpyright on mopd (its wheel brings its own node)
+	$(BIN)/basedpyright
 
 format: setup ## apply ruff's formatting and safe fixes
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -16,7 +16,7 @@ from mopd.config import load_config
 from mopd.config.check import check_config
 from mopd.config.load import parse_arguments
 from mopd.demo.fill import WorldFill
-from mopd.errors import ConfigError, MopdError
+from mopd.errors import ConfigError, DidNotLearnError, MopdError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,9 +37,10 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         run_session(config, world=fill.world_name)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ConfigError, DidNotLearnError) as error:  # the same on every rank
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     except MopdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

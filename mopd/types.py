@@ -1,8 +1,9 @@
 """What one stage hands to the next: frozen, keyword-only, a shape on every array.
 
 Shape legend: P prompt tokens, S student response tokens, T teacher response tokens, K top-k,
-C spans (chunks), R boundary rows, N student tokens in chunks, Q path rows, E path targets,
-B batch, L padded length, V_S and V_T vocabulary sizes, G trie groups, M group members.
+C spans (chunks), R boundary rows, N student tokens in chunks, Q path rows,
+B batch, L padded length, V_S and V_T vocabulary sizes, G trie groups, M group members,
+E path slots, F their entries.
 All arrays are numpy until a batch goes to a rank.
 """
 
@@ -106,9 +107,10 @@ class TeacherRows:
     token_chunk: np.ndarray  # [N] int64: index of its chunk among the R rows
     path_position: np.ndarray  # [Q] int64
     path_weight: np.ndarray  # [Q] float32
-    path_offsets: np.ndarray  # [Q + 1] int64
-    path_slot: np.ndarray  # [E] int64: a group of the trie, or -1 - (one student token)
+    path_offsets: np.ndarray  # [Q + 1] int64: slots of each path row
     path_target: np.ndarray  # [E] float32: R over the slots
+    path_entry_slot: np.ndarray  # [F] int64, ascending: the slot of each entry
+    path_entry: np.ndarray  # [F] int64: a group of the trie, or -1 - (one student token)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +155,10 @@ class FibreTrie:
     member_ptr: np.ndarray  # [G + 1] int64: student tokens of each group
     member_token: np.ndarray  # [M] int32 student ids
     stop_token: np.ndarray  # [N] int32 student id, -1 where there is none
+    group_open: np.ndarray  # [G] bool: tokens go on behind the group, and none ends with it
+    node_column: np.ndarray  # [N] int32: number of the column of a one-piece path, else -1
+    column_ptr: np.ndarray  # [columns + 1] int64: one-piece nodes of each column
+    column_node: np.ndarray  # int32
 
     @property
     def num_nodes(self) -> int:
@@ -197,3 +203,9 @@ class Projection:
     def folded(self) -> np.ndarray:
         """[V_T] bool: teacher tokens that another column stands for."""
         return self.fold != np.arange(self.teacher_size)
+
+
+def ragged_arange(begin: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Concatenation of ``begin[i] : begin[i] + count[i]``: the rows of a CSR array."""
+    before = np.cumsum(count) - count
+    return np.repeat(begin - before, count) + np.arange(int(count.sum()))

@@ -79,6 +79,8 @@ def concatenate_rows(parts: Sequence[TeacherRows]) -> TeacherRows:
             arrays = [_pad(a, width, -np.inf) for a in arrays]
         elif field.name == "token_chunk":
             arrays = [a + n for a, n in zip(arrays, chunks_before[:-1], strict=True)]
+        elif field.name == "path_entry_slot":
+            arrays = [a + n for a, n in zip(arrays, targets_before[:-1], strict=True)]
         columns[field.name] = np.concatenate(arrays)
     offsets = [p.path_offsets[1:] + n for p, n in zip(parts, targets_before[:-1], strict=True)]
     return TeacherRows(

@@ -105,14 +105,16 @@ def _path_arrays(
         none = np.zeros(0, dtype=np.float32)
         return empty | {"path_weight": none, "slot_target": none}
     offsets = payload.path_offsets[cut.start : cut.stop + 1]
-    slots = slice(int(offsets[0]), int(offsets[-1]))
+    low, high = int(offsets[0]), int(offsets[-1])
+    begin, end = np.searchsorted(payload.path_entry_slot, [low, high])
+    entry, entry_token = projection.fibre_entries(payload.path_entry[begin:end])
+    entry_slot = payload.path_entry_slot[begin:end][entry] - low
     slot_path = np.repeat(np.arange(count), np.diff(offsets))
-    entry_slot, entry_token = projection.fibre_entries(payload.path_slot[slots])
     row_of_path = np.searchsorted(positions, payload.path_position[cut])
     return {
         "path_weight": payload.path_weight[cut],
         "slot_path": slot_path,
-        "slot_target": payload.path_target[slots],
+        "slot_target": payload.path_target[low:high],
         "entry_row": row_of_path[slot_path[entry_slot]],
         "entry_slot": entry_slot,
         "entry_token": entry_token,

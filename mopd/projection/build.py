@@ -38,7 +38,7 @@ def build_projection(
         kind=kind,
         fold=fold,
         common=_common(student, teacher),
-        trie=_trie(student, teacher, pieces=pieces, max_length=options.max_length),
+        trie=_trie(student, teacher, pieces=pieces, fold=fold, max_length=options.max_length),
         student_fingerprint=student.fingerprint,
         teacher_fingerprint=teacher.fingerprint,
     )
@@ -140,6 +140,7 @@ def _trie(
     teacher: Vocabulary,
     *,
     pieces: Sequence[tuple[int, ...]],
+    fold: np.ndarray,
     max_length: int,
 ) -> FibreTrie:
     """Nodes are the proper prefixes (1 to max_length - 1 pieces) of multi-piece student tokens."""
@@ -153,15 +154,31 @@ def _trie(
         ids[0] if ids and (len(ids) == 1 or len(path) == 1) else -1
         for path, ids in zip(paths, spelled, strict=True)
     ]
-    flat = [(piece, groups[path][piece]) for path in paths for piece in sorted(groups[path])]
+    flat = [(path, p, groups[path][p]) for path in paths for p in sorted(groups[path])]
+    closed = {path for path, stop in zip(paths, stops, strict=True) if stop >= 0}
+    columns: dict[int, list[int]] = {}
+    for node, path in enumerate(paths):
+        if len(path) == 1:
+            columns.setdefault(int(fold[path[0]]), []).append(node)
+    node_column = np.full(len(paths), -1, dtype=np.int32)
+    for number, members in enumerate(columns.values()):
+        node_column[members] = number
     return FibreTrie(
         node_ptr=_offsets([len(path) for path in paths]),
         node_piece=np.asarray([p for path in paths for p in path], dtype=np.int32),
         group_ptr=_offsets([len(groups[path]) for path in paths]),
-        group_piece=np.asarray([piece for piece, _ in flat], dtype=np.int32),
-        member_ptr=_offsets([len(members) for _, members in flat]),
-        member_token=np.asarray([m for _, members in flat for m in members], dtype=np.int32),
+        group_piece=np.asarray([piece for _, piece, _ in flat], dtype=np.int32),
+        member_ptr=_offsets([len(members) for _, _, members in flat]),
+        member_token=np.asarray([m for _, _, members in flat for m in members], dtype=np.int32),
         stop_token=np.asarray(stops, dtype=np.int32),
+        group_open=np.asarray(
+            [(*path, p) in groups and (*path, p) not in closed for path, p, _ in flat], dtype=bool
+        ),
+        node_column=node_column,
+        column_ptr=_offsets([len(members) for members in columns.values()]),
+        column_node=np.asarray(
+            [n for members in columns.values() for n in members], dtype=np.int32
+        ),
     )
 
 

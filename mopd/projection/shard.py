@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mopd.types import Projection
+from mopd.types import Projection, ragged_arange
 
 
 class ProjectionShard:
@@ -37,7 +37,7 @@ class ProjectionShard:
         """Entries of columns ``ids`` [G]: (local student row, index into ids, value), each [E]."""
         begin, end = self.column_ptr[ids], self.column_ptr[ids + 1]
         index = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), end - begin)
-        entry = ragged_arange(begin, end - begin)
+        entry = _ragged_arange(begin, end - begin)
         return self.row[entry], index, self.val[entry]
 
     def fibre_entries(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +49,7 @@ class ProjectionShard:
         single = slots < 0
         group = slots[~single]
         members = trie.member_ptr[group + 1] - trie.member_ptr[group]
-        token = trie.member_token[ragged_arange_np(trie.member_ptr[group], members)]
+        token = trie.member_token[ragged_arange(trie.member_ptr[group], members)]
         slot = np.concatenate([np.repeat(np.flatnonzero(~single), members), np.flatnonzero(single)])
         token = np.concatenate([token, -1 - slots[single]])
         start, end = self._local
@@ -57,18 +57,12 @@ class ProjectionShard:
         return slot[mine], token[mine] - start
 
 
-def ragged_arange(begin: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def _ragged_arange(begin: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Concatenation of ``begin[i] : begin[i] + count[i]``."""
     total = int(count.sum())
     before = torch.cumsum(count, 0) - count
     offset = torch.repeat_interleave(begin - before, count, output_size=total)
     return offset + torch.arange(total, device=begin.device)
-
-
-def ragged_arange_np(begin: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """The same in numpy."""
-    before = np.cumsum(count) - count
-    return np.repeat(begin - before, count) + np.arange(int(count.sum()))
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:

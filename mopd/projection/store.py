@@ -18,7 +18,7 @@ from mopd.projection.build import ProjectionOptions, build_projection
 from mopd.tokens.vocabulary import Vocabulary
 from mopd.types import FibreTrie, Projection
 
-FORMAT = "mopd-projection-3"
+FORMAT = "mopd-projection-4"
 _MATRIX = ("crow", "col", "val", "kind", "fold", "common")
 _TRIE = tuple(f.name for f in dataclasses.fields(FibreTrie))
 

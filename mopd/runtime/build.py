@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mopd.align.paths import PathOptions
 from mopd.align.payload import PayloadOptions
 from mopd.config.schema import RunConfig, TeacherSection
 from mopd.device import get_device
@@ -209,12 +210,16 @@ def _payload(
     temperature = config.distillation.temperature
     if projection is None or _loss_name(config, teacher) != "ctkd":
         return PayloadOptions(temperature=temperature)
+    path = PathOptions(
+        trie=projection.trie,
+        paths=projection.trie.paths(),
+        fold=projection.fold,
+        max_length=config.ctkd.max_length,
+    )
     return PayloadOptions(
         temperature=temperature,
-        max_length=config.ctkd.max_length,
         fold=_fold(config, projection),
-        trie=projection.trie if config.ctkd.path_terms else None,
-        paths=projection.trie.paths() if config.ctkd.path_terms else None,
+        path=path if config.ctkd.path_terms else None,
     )
 
 

@@ -36,6 +36,10 @@ def make_trie(nodes: dict[tuple[int, ...], tuple[dict[int, list[int]], int]]) ->
         member_ptr=offsets([len(m) for _, m in groups]),
         member_token=np.array([t for _, m in groups for t in m], dtype=np.int32),
         stop_token=np.array([nodes[p][1] for p in paths], dtype=np.int32),
+        group_open=np.zeros(len(groups), dtype=bool),
+        node_column=np.full(len(paths), -1, dtype=np.int32),
+        column_ptr=np.zeros(1, dtype=np.int64),
+        column_node=np.zeros(0, dtype=np.int32),
     )
 
 
@@ -66,13 +70,16 @@ def make_rows(
     topk_ids: np.ndarray,
     topk_probs: np.ndarray,
     *,
-    paths: list[tuple[int, list[int], list[float], float]] | None = None,
+    paths: list[tuple[int, list[Any], list[float], float]] | None = None,
     tokens: list[tuple[int, int, int]] | None = None,
     chunk_logprob: list[float] | None = None,
     chunk_size: list[tuple[int, int]] | None = None,
 ) -> TeacherRows:
-    """``paths``: (position, slots, target, weight); ``tokens``: (position, id, chunk)."""
+    """``paths``: (position, slots, target, weight), a slot being one key or a list of keys;
+    ``tokens``: (position, id, chunk).
+    """
     paths, tokens = paths or [], tokens or []
+    slots = [[x] if isinstance(x, int) else x for _, row, _, _ in paths for x in row]
     with np.errstate(divide="ignore"):
         tail = np.log(np.maximum(1.0 - topk_probs.sum(1), 0.0))
         logs = np.log(topk_probs)
@@ -88,8 +95,9 @@ def make_rows(
         token_id=np.array([t for _, t, _ in tokens], dtype=np.int64),
         token_chunk=np.array([c for _, _, c in tokens], dtype=np.int64),
         path_position=np.array([p for p, _, _, _ in paths], dtype=np.int64),
-        path_slot=np.array([x for _, s, _, _ in paths for x in s], dtype=np.int64),
         path_weight=np.array([w for _, _, _, w in paths], dtype=np.float64),
+        path_entry=np.array([x for slot in slots for x in slot], dtype=np.int64),
+        path_entry_slot=np.repeat(np.arange(len(slots)), [len(slot) for slot in slots]),
         path_offsets=np.concatenate([[0], np.cumsum([len(t) for _, _, t, _ in paths])]).astype(
             np.int64
         ),
@@ -194,14 +202,20 @@ def dense_ctkd(
         total = total + divergence(teacher, student, beta)
     trie = projection.trie
     for q, at in enumerate(rows.path_position):
-        cut = slice(rows.path_offsets[q], rows.path_offsets[q + 1])
+        cut = range(rows.path_offsets[q], rows.path_offsets[q + 1])
         members = [
-            [-1 - int(slot)]
-            if slot < 0
-            else trie.member_token[trie.member_ptr[slot] : trie.member_ptr[slot + 1]].tolist()
-            for slot in rows.path_slot[cut]
+            [
+                token
+                for key in rows.path_entry[rows.path_entry_slot == slot].tolist()
+                for token in (
+                    [-1 - key]
+                    if key < 0
+                    else trie.member_token[trie.member_ptr[key] : trie.member_ptr[key + 1]].tolist()
+                )
+            ]
+            for slot in cut
         ]
         masses = torch.stack([probs[at][m].sum() for m in members])
-        target = torch.as_tensor(rows.path_target[cut])
+        target = torch.as_tensor(rows.path_target[cut.start : cut.stop])
         total = total + float(rows.path_weight[q]) * divergence(target, masses / masses.sum(), beta)
     return total * temperature**2

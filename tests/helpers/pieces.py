@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mopd.align.boundaries import align_bytes
+from mopd.align.paths import PathOptions
 from mopd.align.payload import PayloadOptions, teacher_rows
 from mopd.losses.ctkd import CtkdLoss
 from mopd.losses.vocab import VocabShard
@@ -143,10 +144,13 @@ def _losses(
             trainable=np.arange(len(ids)) == begin,
             options=PayloadOptions(
                 temperature=1.0,
-                max_length=MAX_LENGTH,
                 fold=projection.fold,
-                trie=projection.trie,
-                paths=projection.trie.paths(),
+                path=PathOptions(
+                    trie=projection.trie,
+                    paths=projection.trie.paths(),
+                    fold=projection.fold,
+                    max_length=MAX_LENGTH,
+                ),
             ),
         )
         value, gradient = run_head(

@@ -48,7 +48,7 @@ def problem(seed: int = 0, *, same_vocabulary: bool = False) -> Problem:
     paths = [
         (0, [0, 1, 2, -2], generator.dirichlet(np.ones(4)).tolist(), 1.0),
         (3, [3, 4, -4], generator.dirichlet(np.ones(3)).tolist(), 1.0),
-        (3, [0, 2, -2], generator.dirichlet(np.ones(3)).tolist(), 1.0),
+        (3, [[0, 6], [2, -2]], [0.2, 0.8], 1.0),
         (6, [5, 6], [0.3, 0.7], 0.6),
     ]
     tokens = [(0, 4, 0), (1, 5, 1), (2, 6, 1), (3, 22, 2), (4, 0, 3), (5, 9, 3), (6, 20, 4)]

@@ -80,7 +80,8 @@ def test_concatenation_moves_chunk_and_path_offsets_and_pads_the_width() -> None
     assert joined.position.tolist() == [0, 1, 4, 6, 7]
     assert joined.token_chunk.tolist() == [0, 1, 2, 3, 4]
     assert joined.path_offsets.tolist() == [0, 2, 4, 6]
-    assert joined.path_slot.tolist() == [0, -1, 1, -2, 0, -1]  # slots name tokens, not places
+    assert joined.path_entry.tolist() == [0, -1, 1, -2, 0, -1]  # entries name tokens, not places
+    assert joined.path_entry_slot.tolist() == [0, 1, 2, 3, 4, 5]
     assert joined.topk_ids[2].tolist() == [0, -1, -1]
     assert joined.topk_ids[4].tolist() == [0, 1, -1]
     assert np.isneginf(joined.topk_logprobs[joined.topk_ids < 0]).all()
@@ -90,7 +91,14 @@ def test_concatenation_moves_chunk_and_path_offsets_and_pads_the_width() -> None
 def test_a_sample_without_rows_leaves_no_trace() -> None:
     parts = [rows([0], width=2, paths=1), EMPTY, rows([3], width=2, paths=1)]
     joined, without = concatenate_rows(parts), concatenate_rows([parts[0], parts[2]])
-    for name in ("position", "token_chunk", "path_offsets", "path_slot", "topk_ids"):
+    for name in (
+        "position",
+        "token_chunk",
+        "path_offsets",
+        "path_entry",
+        "path_entry_slot",
+        "topk_ids",
+    ):
         assert (getattr(joined, name) == getattr(without, name)).all()
     alone = concatenate_rows([EMPTY, EMPTY])
     assert len(alone.position) == 0
