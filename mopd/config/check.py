@@ -47,6 +47,8 @@ def _teachers(config: RunConfig) -> Iterator[str]:
     if all(teacher.weight == 0 for teacher in teachers.values()):
         yield "teachers.<name>.weight: all are 0, so nothing is learned; raise one"
     default = config.distillation.default_teacher
+    if default in teachers and teachers[default].weight == 0:
+        yield f"teachers.{default}.weight: is 0, but it is distillation.default_teacher; raise it"
     if default is not None and default not in teachers:
         yield (
             f"distillation.default_teacher: `{default}` is not a teacher; "
@@ -165,14 +167,9 @@ def _sizes(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def _batch_split(config: RunConfig, *, data_parallel: int) -> Iterator[str]:
     prompts = config.train.num_prompts_per_step
-    generations = config.rollout.num_generations_per_prompt
-    if (prompts * generations) % data_parallel == 0:
-        return
-    fitting = prompts
-    while (fitting * generations) % data_parallel:
-        fitting += 1
-    yield (
-        f"train.num_prompts_per_step={prompts} x rollout.num_generations_per_prompt={generations} "
-        f"is not divisible by the data-parallel size {data_parallel}; "
-        f"train.num_prompts_per_step={fitting} would fit"
-    )
+    if prompts % data_parallel:
+        fitting = -(-prompts // data_parallel) * data_parallel
+        yield (
+            f"train.num_prompts_per_step={prompts} is not divisible by the data-parallel size "
+            f"{data_parallel}; {fitting} would fit"
+        )

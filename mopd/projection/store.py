@@ -31,7 +31,7 @@ def save_projection(path: Path, projection: Projection, *, options: ProjectionOp
         "format": FORMAT,
         "student": projection.student_fingerprint,
         "teacher": projection.teacher_fingerprint,
-        "options": json.dumps(dataclasses.asdict(options), sort_keys=True),
+        "options": _options_text(options),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -40,11 +40,13 @@ def save_projection(path: Path, projection: Projection, *, options: ProjectionOp
     os.replace(temporary, path)
 
 
-def load_projection(path: Path, *, student: Vocabulary, teacher: Vocabulary) -> Projection:
-    """Reads a file and refuses it when it belongs to other tokenizers.
+def load_projection(
+    path: Path, *, student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions
+) -> Projection:
+    """Reads a file and refuses it when it belongs to other tokenizers or other options.
 
     Raises:
-        ArtifactError: no projection file, another format, or a fingerprint that differs.
+        ArtifactError: no projection file, another format, a fingerprint or an option that differs.
     """
     try:
         with safe_open(str(path), framework="np") as file:
@@ -59,6 +61,11 @@ def load_projection(path: Path, *, student: Vocabulary, teacher: Vocabulary) -> 
             raise ArtifactError(
                 f"{path}: built for another {side} tokenizer; delete it or name the right one"
             )
+    if metadata["options"] != _options_text(options):
+        raise ArtifactError(
+            f"{path}: built with {metadata['options']}, the recipe says {_options_text(options)}; "
+            "delete it or change ctkd.max_length, ctkd.gamma"
+        )
     return Projection(
         **{name: arrays[name] for name in _MATRIX},
         trie=FibreTrie(**{name: arrays[f"trie.{name}"] for name in _TRIE}),
@@ -85,7 +92,9 @@ class ProjectionStore:
         """The projection of this pair: the file at ``path``, or the cache's, built if missing."""
         if path is not None:
             if path not in self._entries:
-                loaded = load_projection(Path(path), student=student, teacher=teacher)
+                loaded = load_projection(
+                    Path(path), student=student, teacher=teacher, options=options
+                )
                 self._entries[path] = _frozen(loaded)
             return self._entries[path]
         text = json.dumps(
@@ -102,10 +111,14 @@ class ProjectionStore:
     ) -> Projection:
         path = self._root / f"{key}.safetensors"
         if path.exists():
-            return _frozen(load_projection(path, student=student, teacher=teacher))
+            return _frozen(load_projection(path, student=student, teacher=teacher, options=options))
         projection = build_projection(student, teacher, options)
         save_projection(path, projection, options=options)
         return _frozen(projection)
+
+
+def _options_text(options: ProjectionOptions) -> str:
+    return json.dumps(dataclasses.asdict(options), sort_keys=True)
 
 
 def _frozen(projection: Projection) -> Projection:

@@ -52,8 +52,11 @@ class HfSampler:
             raise StaleWeightsError(f"version {version} is not newer than {self.version}")
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         missing = set(parameters)
+        self.version = -1  # half-loaded weights are no version
         for name, tensor in weights:
             if name in parameters:
+                if tensor.shape != parameters[name].shape:
+                    raise StaleWeightsError(f"{name}: shape {tuple(tensor.shape)} does not fit")
                 parameters[name].copy_(tensor)
                 missing.discard(name)
         tied = {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()

@@ -32,7 +32,7 @@ from mopd.rollout.replay import ReplaySampler
 from mopd.runtime.data import PromptSource, Router, read_prompts
 from mopd.runtime.feed import Feed, FeedOptions
 from mopd.runtime.replica import sum_over_leads
-from mopd.serving.journal import Journal
+from mopd.serving.journal import Journal, journal_path
 from mopd.student.model import StudentModel, build_student
 from mopd.student.optim import build_optimizer
 from mopd.student.parallel import Topology, initialize
@@ -98,7 +98,7 @@ def build_run(config: RunConfig) -> Run:
     if topology.is_lead:
         sampler = _sampler(config, tokenizers.student, topology)
         pool = _teachers(config, tokenizers, topology)
-        journal = Journal(directory / "journal" / f"rollouts-{topology.dp_rank}.jsonl")
+        journal = Journal(journal_path(directory, topology.dp_rank))
         feed = Feed(
             source=PromptSource(
                 prompts,

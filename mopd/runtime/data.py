@@ -23,6 +23,11 @@ class Router:
     ) -> None:
         self._teachers = {name: t for name, t in teachers.items() if t.weight > 0}
         self._default = distillation.default_teacher
+        if self._default is not None and self._default not in self._teachers:
+            raise ConfigError(
+                f"distillation.default_teacher={self._default} is no teacher with a weight; "
+                "name another, or null"
+            )
         self._key = distillation.teacher_key
 
     def route(self, domain: str, where: str) -> tuple[str, ...]:
@@ -53,7 +58,7 @@ def read_prompts(path: Path, *, router: Router, teacher_key: str) -> list[Prompt
     """
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

@@ -18,7 +18,7 @@ from mopd.runtime.data import PromptSource
 from mopd.serving.journal import Journal
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
-from mopd.types import Alignment, Rollout, StepBatch, TeacherRows, TeacherScores
+from mopd.types import Alignment, Prompt, Rollout, StepBatch, TeacherRows, TeacherScores
 
 Sums = dict[str, float]
 
@@ -74,8 +74,7 @@ class Feed:
 
     def take(self, step: int) -> StepBatch:
         """Samples with policy version ``step``; the rollouts are durable before this returns."""
-        options = self._options
-        prompts = self._source.take(step)[options.dp_rank :: options.dp_size]
+        prompts = self._share(self._source.take(step))
         with self._spans("rollout"):
             rollouts = self._sampler.generate(prompts, version=step)
         with self._spans("journal"):
@@ -84,6 +83,11 @@ class Feed:
             scores = self._pool.score(rollouts)
         with self._spans("align"):
             return self._collate(step, rollouts, scores)
+
+    def _share(self, prompts: list[Prompt]) -> list[Prompt]:
+        """A contiguous part: prompts alternate between domains, so each replica has them all."""
+        size = len(prompts) // self._options.dp_size
+        return prompts[self._options.dp_rank * size :][:size]
 
     def _collate(
         self,
@@ -106,13 +110,14 @@ class Feed:
             for name in names
         ]
         tokens = float(sum(int(m.lengths.sum()) for m in micro_batches))
-        total = self._options.sum_over_replicas(np.asarray([*local, tokens]))
-        self._refuse_escape(step, tally)
+        unjudged = [tally.sums["masked"], tally.counts["masked"]]
+        total = self._options.sum_over_replicas(np.asarray([*local, tokens, *unjudged]))
+        self._refuse_escape(step, share=total[-2] / max(total[-1], 1.0))
         return StepBatch(
             step=step,
             micro_batches=micro_batches,
-            denominators=dict(zip(names, total[:-1].tolist(), strict=True)),
-            num_tokens=int(total[-1]),
+            denominators=dict(zip(names, total[: len(names)].tolist(), strict=True)),
+            num_tokens=int(total[len(names)]),
             metrics={name: (tally.sums[name], tally.counts[name]) for name in tally.sums},
         )
 
@@ -147,22 +152,24 @@ class Feed:
 
     def _describe(self, rollout: Rollout, rows: Mapping[str, TeacherRows], tally: _Tally) -> None:
         size = len(rollout.token_ids)
-        trained = np.zeros(size, dtype=bool)
-        for teacher_rows_ in rows.values():
-            trained[teacher_rows_.token_position] = True
-        tally.add("masked", float((~trained).sum()), size)
+        judged, boundary = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+        for of_teacher in rows.values():
+            judged[of_teacher.token_position] = True
+            boundary[of_teacher.position] = True
+        tally.add("masked", float((~judged).sum()), size)
+        tally.add("interior", float((judged & ~boundary).sum()), size)
         tally.add("truncated", float(rollout.finish_reason == "length"))
         tally.add("response_length", size)
         domain = rollout.prompt.domain
-        tally.add("canonical", float(is_canonical(rollout, self._student)))
-        tally.add(f"canonical/{domain}", float(is_canonical(rollout, self._student)))
+        canonical = float(is_canonical(rollout, self._student))
+        tally.add("canonical", canonical)
+        tally.add(f"canonical/{domain}", canonical)
         if rollout.reward is not None:
             tally.add("accuracy", rollout.reward)
             tally.add(f"accuracy/{domain}", rollout.reward)
 
-    def _refuse_escape(self, step: int, tally: _Tally) -> None:
-        """A policy must not get away with text that no teacher can judge."""
-        share = tally.sums["masked"] / max(tally.counts["masked"], 1.0)
+    def _refuse_escape(self, step: int, *, share: float) -> None:
+        """A policy must not get away with text that no teacher can judge; alike on all replicas."""
         if share > self._options.max_failed_share:
             raise TeacherError(
                 f"step {step}: {share:.0%} of the response tokens could not be scored by any "

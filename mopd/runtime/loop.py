@@ -24,6 +24,7 @@ from mopd.runtime.evaluate import (
     teacher_scores,
 )
 from mopd.runtime.replica import from_lead, gather_leads, sum_over_leads
+from mopd.serving.journal import drop_stale_journals
 from mopd.student import checkpoint
 from mopd.student.hf_export import iter_hf_weights, save_hf
 from mopd.student.step import StepResult
@@ -90,6 +91,8 @@ def _resume(run: Run, sink: Sink) -> State:
     sink.truncate_from(state.step)
     if run.journal is not None:
         run.journal.truncate_from(state.step)
+        if run.topology.dp_rank == 0:
+            drop_stale_journals(run.directory, num_replicas=run.topology.dp_size)
     if run.feed is not None and run.topology.dp_rank == 0:
         run.feed.chunks.update({name: Counter(c) for name, c in state.chunks.items()})
     return state

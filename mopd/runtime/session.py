@@ -68,6 +68,8 @@ def prepare_directory(directory: Path, config: RunConfig, *, is_main: bool) -> N
     if not is_main:
         return
     if config.run.overwrite and directory.exists():
+        if any(directory.iterdir()) and not path.exists():
+            raise ConfigError(f"{directory} is not a run, so run.overwrite leaves it; use another")
         shutil.rmtree(directory)
     if path.exists():
         _refuse_changes(path, config)

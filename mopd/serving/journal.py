@@ -43,12 +43,28 @@ class Journal:
         self._file.close()
         kept = [line for line, record in _lines(self._path) if record["step"] < step]
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="ascii")
+        with temporary.open("w", encoding="ascii") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self._path)
         self._file = self._path.open("a", encoding="ascii")
 
     def close(self) -> None:
         self._file.close()
+
+
+def journal_path(run: Path, replica: int) -> Path:
+    """Where the lead of a replica writes."""
+    return run / "journal" / f"rollouts-{replica}.jsonl"
+
+
+def drop_stale_journals(run: Path, *, num_replicas: int) -> None:
+    """Removes what a start with more replicas left behind; it would be replayed otherwise."""
+    current = {journal_path(run, replica) for replica in range(num_replicas)}
+    for path in (run / "journal").glob("*.jsonl"):
+        if path not in current:
+            path.unlink()
 
 
 def read_journal(path: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
@@ -74,7 +90,12 @@ def read_journal(path: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="ascii") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 return  # a crash cut the last line short
-            yield line, json.loads(line)
+            try:
+                yield line, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ArtifactError(
+                    f"{path}:{number}: damaged; restore the file or start the run afresh"
+                ) from error

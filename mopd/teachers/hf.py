@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopd.serving.generation import generate
+from mopd.serving.generation import Generated, generate
 from mopd.serving.models import load_causal_lm, model_fingerprint
 from mopd.teachers.base import TeacherInput, teacher_input
 from mopd.tokens.chat import ChatTokenizer
@@ -111,15 +111,20 @@ class HfTeacher:
         checkable = [prompt for prompt in prompts if prompt.answer is not None]
         if not checkable:
             return None
-        answers = generate(
-            self._model,
-            [self.tokenizer.prompt_ids(prompt.messages) for prompt in checkable],
-            eos_id=self.tokenizer.eos_id,
-            vocab_size=self.tokenizer.vocabulary.size,
-            max_new_tokens=max_new_tokens,
-            temperature=1.0,
-            streams=None,
-        )
+        answers: list[Generated] = []
+        for begin in range(0, len(checkable), self._batch_size):
+            answers += generate(
+                self._model,
+                [
+                    self.tokenizer.prompt_ids(prompt.messages)
+                    for prompt in checkable[begin : begin + self._batch_size]
+                ],
+                eos_id=self.tokenizer.eos_id,
+                vocab_size=self.tokenizer.vocabulary.size,
+                max_new_tokens=max_new_tokens,
+                temperature=1.0,
+                streams=None,
+            )
         right = [
             answer.stopped
             and self.tokenizer.vocabulary.decode(answer.token_ids).strip()

@@ -124,7 +124,9 @@ def test_store_builds_once_keeps_it_and_refuses_strangers(tmp_path):
     path = tmp_path / "mine.safetensors"
     save_projection(path, first, options=SHARP)
     with pytest.raises(ArtifactError, match="another teacher tokenizer"):
-        load_projection(path, student=student, teacher=byte_level(["thx"]))
+        load_projection(path, student=student, teacher=byte_level(["thx"]), options=SHARP)
+    with pytest.raises(ArtifactError, match="the recipe says"):
+        load_projection(path, student=student, teacher=teacher, options=SMEARED)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ArtifactError, match="delete it"):
-        load_projection(path, student=student, teacher=teacher)
+        load_projection(path, student=student, teacher=teacher, options=SHARP)

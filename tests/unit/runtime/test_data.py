@@ -73,7 +73,6 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         read_prompts(path, router=ROUTER, teacher_key="domain")
 
 
-@pytest.mark.xfail(strict=True, reason="str.splitlines() also cuts at U+2028, U+0085, \\x1c ...")
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
 def test_line_separators_inside_a_string_are_text(tmp_path: Path, character: str) -> None:
     content = f"a{character}b"
@@ -99,7 +98,6 @@ def test_teachers_of_weight_0_judge_nothing() -> None:
         Router(teachers, DistillationSection()).route("y", "w")
 
 
-@pytest.mark.xfail(strict=True, reason="Router and check_config accept an unloaded default teacher")
 def test_a_default_teacher_of_weight_0_is_refused() -> None:
     teachers = {"a": TeacherSection(weight=0), "b": TeacherSection(domains=("x",))}
     with pytest.raises(ConfigError):

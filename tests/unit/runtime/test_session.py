@@ -73,7 +73,6 @@ def test_overwrite_starts_afresh(tmp_path: Path) -> None:
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.xfail(strict=True, reason="overwrite deletes whatever run.dir/run.name is")
 def test_overwrite_does_not_delete_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "thesis.tex").touch()
