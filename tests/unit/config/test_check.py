@@ -154,4 +154,6 @@ def test_a_layout_that_the_model_does_not_allow(recipe: dict[str, Any]) -> None:
 def test_a_batch_that_cannot_be_shared_evenly(recipe: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data-parallel size 3; 66 would fit"):
         check(recipe, world_size=3)
-    check(recipe, "rollout.num_generations_per_prompt=3", world_size=3)
+    with pytest.raises(ConfigError, match="66 would fit"):  # whole prompts go to a replica
+        check(recipe, "rollout.num_generations_per_prompt=3", world_size=3)
+    check(recipe, "train.num_prompts_per_step=66", world_size=3)
