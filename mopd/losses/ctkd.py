@@ -12,35 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mopd.losses.base import LossSums, ProjectionRows, RowBlock, RowScalars, zero
-from mopd.losses.divergence import bin_divergence, binary_chunk_kl, softmax_backward
+from mopd.losses.base import LossSums, ProjectionRows, RowBlock, zero
+from mopd.losses.chunk import ChunkTerm, add_token_gradient
+from mopd.losses.divergence import bin_divergence, softmax_backward
 from mopd.losses.vocab import VocabShard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CtkdLoss:
-    """``beta`` as in `divergence`; ``lambda_chunk`` weighs the chunk-likelihood term."""
+class CtkdLoss(ChunkTerm):
+    """``beta`` as in `divergence`; the chunk term is `ChunkTerm`'s."""
 
     projection: ProjectionRows
     beta: float
     temperature: float
-    lambda_chunk: float
-
-    @property
-    def coupled(self) -> bool:
-        return self.lambda_chunk > 0.0
-
-    def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> RowScalars:
-        log_probs, _ = shard.log_softmax(logits)
-        return RowScalars(token_logprob=shard.pick(log_probs, rows.token_row, rows.token_id))
-
-    def couple(
-        self, chunk_logprob: Tensor, teacher_logprob: Tensor, chunk_size: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Value of the chunk term and its slope per chunk [C]; 1-1 chunks have none."""
-        value, slope = binary_chunk_kl(chunk_logprob, teacher_logprob)
-        weight = self.lambda_chunk * (chunk_size.sum(dim=-1) > 2).to(value.dtype)
-        return (weight * value).sum(), weight * slope
 
     def grad(
         self, logits: Tensor, rows: RowBlock, token_grad: Tensor | None, shard: VocabShard
@@ -118,16 +102,3 @@ class CtkdLoss:
             accumulate=True,
         )
         return (rows.path_weight[rows.slot_path] * value).sum()
-
-
-def add_token_gradient(
-    gradient: Tensor, logits: Tensor, rows: RowBlock, token_grad: Tensor, shard: VocabShard
-) -> None:
-    """Adds d/d(logits) of sum_t token_grad_t * log p(token_t) at temperature 1."""
-    log_probs, _ = shard.log_softmax(logits)
-    per_row = logits.new_zeros(len(logits)).index_add_(0, rows.token_row, token_grad)
-    gradient -= per_row[:, None] * torch.exp(log_probs)
-    column, mine = shard.local(rows.token_id)
-    gradient.index_put_(
-        (rows.token_row, column), torch.where(mine, token_grad, 0.0), accumulate=True
-    )

@@ -33,22 +33,3 @@ def bin_divergence(teacher: Tensor, student: Tensor, beta: float) -> tuple[Tenso
 def softmax_backward(probabilities: Tensor, slope: Tensor, mean: Tensor) -> Tensor:
     """d/d(logits) of a function with dD/dq_s = slope [n, V_local]; mean [n] = sum_s q_s slope_s."""
     return probabilities * (slope - mean[:, None])
-
-
-def binary_chunk_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """KL of Bernoulli(exp teacher) from Bernoulli(exp student), and its slope in ``student``.
-
-    Chunk likelihood of ALM (2503.20083) at temperature 1; arguments are log-probabilities [C].
-    Both are held at or below -1e-6 so that log(1 - P) stays finite; the slope is that of the held
-    value.
-    """
-    ceiling = -1e-6
-    held = student.clamp_max(ceiling)
-    p_teacher = torch.exp(teacher.clamp_max(ceiling))
-    p_student = torch.exp(held)
-    log_not_teacher = torch.log(-torch.expm1(teacher.clamp_max(ceiling)))
-    log_not_student = torch.log(-torch.expm1(held))
-    value = p_teacher * (teacher.clamp_max(ceiling) - held)
-    value = value + (1.0 - p_teacher) * (log_not_teacher - log_not_student)
-    slope = (p_student - p_teacher) / (-torch.expm1(held))
-    return value, torch.where(student <= ceiling, slope, torch.zeros_like(slope))

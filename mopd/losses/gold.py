@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mopd.losses.base import LossSums, ProjectionRows, RowBlock, RowScalars
-from mopd.losses.ctkd import add_token_gradient
-from mopd.losses.divergence import binary_chunk_kl, softmax_backward
+from mopd.losses.base import LossSums, ProjectionRows, RowBlock
+from mopd.losses.chunk import ChunkTerm, add_token_gradient
+from mopd.losses.divergence import softmax_backward
 from mopd.losses.kl import tail_divergence
 from mopd.losses.vocab import VocabShard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GoldLoss:
+class GoldLoss(ChunkTerm):
     """``weights`` are (matched, unmatched); see `adaptive_weights` for TRL's rule."""
 
     projection: ProjectionRows
@@ -29,23 +29,6 @@ class GoldLoss:
     temperature: float
     weights: tuple[float, float]
     top_u: int
-    lambda_chunk: float
-
-    @property
-    def coupled(self) -> bool:
-        return self.lambda_chunk > 0.0
-
-    def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> RowScalars:
-        log_probs, _ = shard.log_softmax(logits)
-        return RowScalars(token_logprob=shard.pick(log_probs, rows.token_row, rows.token_id))
-
-    def couple(
-        self, chunk_logprob: Tensor, teacher_logprob: Tensor, chunk_size: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Chunk-likelihood term as in `ctkd`."""
-        value, slope = binary_chunk_kl(chunk_logprob, teacher_logprob)
-        weight = self.lambda_chunk * (chunk_size.sum(dim=-1) > 2).to(value.dtype)
-        return (weight * value).sum(), weight * slope
 
     def grad(
         self, logits: Tensor, rows: RowBlock, token_grad: Tensor | None, shard: VocabShard

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mopd.losses.divergence import binary_chunk_kl
+from mopd.losses.chunk import binary_chunk_kl
 from mopd.losses.vocab import VocabShard
 from mopd.projection import ProjectionShard
 from mopd.types import TeacherRows

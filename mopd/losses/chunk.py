@@ -1,0 +1,69 @@
+"""The chunk-likelihood term: how likely each side writes the text of a chunk (ALM, 2503.20083)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mopd.losses.base import RowBlock, RowScalars
+from mopd.losses.vocab import VocabShard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkTerm:
+    """The coupled part of a loss: ``lambda_chunk`` times a Bernoulli KL per chunk.
+
+    The chain rule over a chunk's own tokens joins rows of different blocks, hence two passes.
+    """
+
+    lambda_chunk: float
+
+    @property
+    def coupled(self) -> bool:
+        return self.lambda_chunk > 0.0
+
+    def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> RowScalars:
+        log_probs, _ = shard.log_softmax(logits)
+        return RowScalars(token_logprob=shard.pick(log_probs, rows.token_row, rows.token_id))
+
+    def couple(
+        self, chunk_logprob: Tensor, teacher_logprob: Tensor, chunk_size: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Value of the term and its slope per chunk [C]; 1-1 chunks have none."""
+        value, slope = binary_chunk_kl(chunk_logprob, teacher_logprob)
+        weight = self.lambda_chunk * (chunk_size.sum(dim=-1) > 2).to(value.dtype)
+        return (weight * value).sum(), weight * slope
+
+
+def binary_chunk_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL of Bernoulli(exp teacher) from Bernoulli(exp student), and its slope in ``student``.
+
+    Chunk likelihood of ALM (2503.20083) at temperature 1; arguments are log-probabilities [C].
+    Both are held at or below -1e-6 so that log(1 - P) stays finite; the slope is that of the held
+    value.
+    """
+    ceiling = -1e-6
+    held = student.clamp_max(ceiling)
+    p_teacher = torch.exp(teacher.clamp_max(ceiling))
+    p_student = torch.exp(held)
+    log_not_teacher = torch.log(-torch.expm1(teacher.clamp_max(ceiling)))
+    log_not_student = torch.log(-torch.expm1(held))
+    value = p_teacher * (teacher.clamp_max(ceiling) - held)
+    value = value + (1.0 - p_teacher) * (log_not_teacher - log_not_student)
+    slope = (p_student - p_teacher) / (-torch.expm1(held))
+    return value, torch.where(student <= ceiling, slope, torch.zeros_like(slope))
+
+
+def add_token_gradient(
+    gradient: Tensor, logits: Tensor, rows: RowBlock, token_grad: Tensor, shard: VocabShard
+) -> None:
+    """Adds d/d(logits) of sum_t token_grad_t * log p(token_t) at temperature 1."""
+    log_probs, _ = shard.log_softmax(logits)
+    per_row = logits.new_zeros(len(logits)).index_add_(0, rows.token_row, token_grad)
+    gradient -= per_row[:, None] * torch.exp(log_probs)
+    column, mine = shard.local(rows.token_id)
+    gradient.index_put_(
+        (rows.token_row, column), torch.where(mine, token_grad, 0.0), accumulate=True
+    )
