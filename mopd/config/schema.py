@@ -132,7 +132,8 @@ class RolloutBackendSection(Section):
 
     type: Literal["hf", "replay", "custom"] = "hf"
     path: str | None = None
-    target: str | None = None
+    target: str | None = None  # package.module:Name, for `custom`
+    batch_size: PositiveInt = 256  # answers decoded together, in sampling and in evaluation
 
 
 class RolloutSection(Section):
@@ -155,7 +156,6 @@ class EvaluateSection(Section):
     """Greedy accuracy on the held-out rows, before and after."""
 
     max_prompts_per_domain: PositiveInt = 512
-    batch_size: PositiveInt = 256
     teachers: bool = True  # also measure each teacher on its domains, for the headroom
     fail_if_not_learned: bool = True
 

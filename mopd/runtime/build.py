@@ -312,7 +312,7 @@ def _sampler(config: RunConfig, tokenizer: ChatTokenizer, topology: Topology) ->
         temperature=rollout.temperature,
         max_new_tokens=rollout.max_new_tokens,
         num_generations=rollout.num_generations_per_prompt,
-        batch_size=config.evaluate.batch_size,
+        batch_size=rollout.backend.batch_size,
     )
     if rollout.backend.type == "hf":
         return live

@@ -52,9 +52,6 @@ def train(run: Run, sink: Sink) -> Summary:
     """Trains from the newest checkpoint, or from the start, to ``train.steps``.
 
     Every rank returns the same summary. Policy version n is the student before step n.
-
-    Raises:
-        DidNotLearnError: held-out accuracy did not rise (``evaluate.fail_if_not_learned``).
     """
     started = time.perf_counter()
     state = _resume(run, sink)
