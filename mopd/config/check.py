@@ -83,6 +83,13 @@ def _losses(config: RunConfig) -> Iterator[str]:
     if (matched is None) != (unmatched is None):
         missing = "matched_weight" if matched is None else "unmatched_weight"
         yield f"gold.{missing}: is not set, but its partner is; set both, or neither"
+    for name in ("ctkd", "gold", "kl"):
+        divergence = getattr(config, name).divergence
+        if divergence.top_k_mode == "genkl" and divergence.kind not in ("forward_kl", "reverse_kl"):
+            yield (
+                f"{name}.divergence.top_k_mode=genkl: is defined for kind=forward_kl and "
+                f"reverse_kl, not {divergence.kind}; use tail"
+            )
     if matched == 0 and unmatched == 0:
         yield "gold.matched_weight, gold.unmatched_weight: both are 0; raise one"
 

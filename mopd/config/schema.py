@@ -15,6 +15,9 @@ NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 LossName = Literal["ctkd", "gold", "kl"]
+DivergenceKind = Literal[
+    "forward_kl", "reverse_kl", "jsd", "mixed", "skew_kl", "skew_reverse_kl", "akl", "tvd"
+]
 
 
 class Section(BaseModel):
@@ -93,6 +96,7 @@ class DistillationSection(Section):
 
     loss: LossName = "ctkd"
     temperature: Annotated[float, Field(gt=0.0)] = 1.0  # of the loss, not of sampling
+    scale_by_t2: bool = True  # losses times temperature^2, which keeps their gradient's size
     top_k: PositiveInt = 64  # teacher's support per position; the rest is one tail bin
     teacher_key: str = "domain"  # the field of a data row that routes it to teachers
     default_teacher: str | None = None  # judges rows that no teacher lists; None refuses them
@@ -100,12 +104,35 @@ class DistillationSection(Section):
     max_failed_share: Probability = 0.5  # a batch with more unscored answers stops the run
 
 
+class DivergenceSection(Section):
+    """Teacher P, student Q, on the teacher's top-k. See docs/losses.md."""
+
+    kind: DivergenceKind = "forward_kl"
+    beta: Probability = 0.5  # of jsd, TRL's meaning: 0 forward KL, 1 reverse KL
+    weight: Probability = 0.5  # of mixed: the share of forward KL
+    skew: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # of skew_kl and skew_reverse_kl
+    alpha: Probability = 0.5  # of akl: teacher mass that counts as tail
+    top_k_mode: Literal["tail", "genkl", "renorm", "trunc"] = "tail"  # mass outside the top-k
+
+
+class GoldDivergenceSection(DivergenceSection):
+    """GOLD's default is TRL's: the generalized JSD."""
+
+    kind: DivergenceKind = "jsd"
+
+
+class KlDivergenceSection(DivergenceSection):
+    """On-policy, with one tokenizer, reverse KL is the usual choice."""
+
+    kind: DivergenceKind = "reverse_kl"
+
+
 class CtkdSection(Section):
     """Projection-matrix KL at common byte boundaries (X-Token 2605.21699, with fold and path)."""
 
     max_length: PositiveInt = 4
     gamma: NonNegativeFloat = 0.0
-    beta: Probability = 0.0  # 0 forward KL, 1 reverse KL, between: generalized JSD
+    divergence: DivergenceSection = DivergenceSection()
     unreachable: Literal["fold", "rest"] = "fold"
     path_terms: bool = True
     lambda_chunk: NonNegativeFloat = 0.0
@@ -114,7 +141,7 @@ class CtkdSection(Section):
 class GoldSection(Section):
     """Common-vocabulary divergence plus sorted L1 on the rest (GOLD / ULD 2402.12030)."""
 
-    beta: Probability = 0.5
+    divergence: GoldDivergenceSection = GoldDivergenceSection()
     matched_weight: NonNegativeFloat | None = None  # both None: |matched| / V_T and 1 - that
     unmatched_weight: NonNegativeFloat | None = None
     top_u: PositiveInt = 512
@@ -124,7 +151,7 @@ class GoldSection(Section):
 class KlSection(Section):
     """Same-tokenizer divergence on the teacher's top-k plus tail."""
 
-    beta: Probability = 1.0
+    divergence: KlDivergenceSection = KlDivergenceSection()
 
 
 class RolloutBackendSection(Section):

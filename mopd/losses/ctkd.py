@@ -14,17 +14,19 @@ from torch import Tensor
 
 from mopd.losses.base import LossSums, ProjectionRows, RowBlock, zero
 from mopd.losses.chunk import ChunkTerm, add_token_gradient
-from mopd.losses.divergence import bin_divergence, softmax_backward
+from mopd.losses.divergence import Divergence, softmax_backward
+from mopd.losses.kl import mean_slope
 from mopd.losses.vocab import VocabShard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CtkdLoss(ChunkTerm):
-    """``beta`` as in `divergence`; the chunk term is `ChunkTerm`'s."""
+    """``value_scale`` is temperature^2, or 1; the chunk term is `ChunkTerm`'s."""
 
     projection: ProjectionRows
-    beta: float
+    divergence: Divergence
     temperature: float
+    value_scale: float
 
     def grad(
         self, logits: Tensor, rows: RowBlock, token_grad: Tensor | None, shard: VocabShard
@@ -36,9 +38,8 @@ class CtkdLoss(ChunkTerm):
         gradient = torch.zeros_like(logits)
         gradient[rows.boundary] = softmax_backward(probs[rows.boundary], slope, mean)
         path = self._path(scaled, rows, shard, gradient)
-        # T^2 keeps the gradient's size (Hinton et al. 1503.02531); one 1/T is the chain rule's
-        gradient *= self.temperature
-        sums = LossSums(loss=(kl + path) * self.temperature**2, kl=kl)
+        gradient *= self.value_scale / self.temperature
+        sums = LossSums(loss=(kl + path) * self.value_scale, kl=kl)
         if token_grad is not None:
             add_token_gradient(gradient, logits, rows, token_grad, shard)
         return sums, gradient
@@ -63,18 +64,20 @@ class CtkdLoss(ChunkTerm):
         # the tail is summed over what lies outside, not taken as 1 - inside: no cancellation
         tail = (probs * (1.0 - covered).clamp_min(0.0)).sum(dim=-1, keepdim=True)
         both = shard.sum(torch.cat([projected, tail], dim=1))
-        q_support = torch.where(present, both[:, :-1].gather(1, inverse), 0.0)
-        student = torch.cat([q_support, both[:, -1:]], dim=1)
-        teacher = torch.exp(torch.cat([rows.topk_logprobs, rows.log_tail[:, None]], dim=1))
-        teacher[:, :-1] *= present
-        value, bin_slope = bin_divergence(teacher, student, self.beta)
-        rest = bin_slope[:, -1:]
+        student = torch.cat(
+            [torch.where(present, both[:, :-1].gather(1, inverse), 0.0), both[:, -1:]], dim=1
+        )
+        value, support_slope, rest = self.divergence.support(
+            torch.exp(rows.topk_logprobs) * present,
+            student[:, :-1],
+            teacher_rest=torch.exp(rows.log_tail[:, None]),
+            student_rest=student[:, -1:],
+        )
         excess = torch.zeros_like(member)
-        excess.scatter_add_(1, inverse, torch.where(present, bin_slope[:, :-1] - rest, 0.0))
+        excess.scatter_add_(1, inverse, torch.where(present, support_slope - rest, 0.0))
         slope = rest.expand_as(probs).clone()
         slope.index_add_(1, student_row, excess[:, column] * weight)
-        mean = torch.where(student > 0, student * bin_slope, 0.0).sum(dim=-1)
-        return value.sum(), slope, mean
+        return value.sum(), slope, mean_slope(student, support_slope, rest)
 
     def _path(self, scaled: Tensor, rows: RowBlock, shard: VocabShard, gradient: Tensor) -> Tensor:
         """Divergence of R from Q over the slots, Q renormalised; adds to ``gradient``."""
@@ -90,7 +93,7 @@ class CtkdLoss(ChunkTerm):
         slots = shard.sum(torch.zeros_like(rows.slot_target).index_add_(0, rows.entry_slot, mass))
         total = torch.zeros_like(peak).index_add_(0, rows.slot_path, slots)
         student = slots / total[rows.slot_path]
-        value, slope = bin_divergence(rows.slot_target, student, self.beta)
+        value, slope = self._slot_divergence(rows, student)
         mean = torch.zeros_like(peak).index_add_(
             0, rows.slot_path, torch.where(student > 0, student * slope, 0.0)
         )
@@ -102,3 +105,16 @@ class CtkdLoss(ChunkTerm):
             accumulate=True,
         )
         return (rows.path_weight[rows.slot_path] * value).sum()
+
+    def _slot_divergence(self, rows: RowBlock, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Contributions and slopes [s] of ragged rows of slots, laid out as padded rows."""
+        counts = torch.bincount(rows.slot_path, minlength=len(rows.path_weight))
+        first = torch.cumsum(counts, 0) - counts
+        place = torch.arange(len(student), device=student.device) - first[rows.slot_path]
+        where = (rows.slot_path, place)
+        shape = (len(counts), int(counts.max()))
+        value, slope = self.divergence.bins(
+            student.new_zeros(shape).index_put_(where, rows.slot_target),
+            student.new_zeros(shape).index_put_(where, student),
+        )
+        return value[where], slope[where]

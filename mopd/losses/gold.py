@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mopd.losses.base import LossSums, ProjectionRows, RowBlock
 from mopd.losses.chunk import ChunkTerm, add_token_gradient
-from mopd.losses.divergence import softmax_backward
-from mopd.losses.kl import tail_divergence
+from mopd.losses.divergence import Divergence, softmax_backward
+from mopd.losses.kl import support_divergence
 from mopd.losses.vocab import VocabShard
 
 
@@ -25,8 +25,9 @@ class GoldLoss(ChunkTerm):
     """``weights`` are (matched, unmatched); see `adaptive_weights` for TRL's rule."""
 
     projection: ProjectionRows
-    beta: float
+    divergence: Divergence
     temperature: float
+    value_scale: float
     weights: tuple[float, float]
     top_u: int
 
@@ -40,8 +41,8 @@ class GoldLoss(ChunkTerm):
         partner = torch.where(rows.topk_ids >= 0, partner, -1)
         listed = torch.where(partner < 0, teacher, 0.0)  # unmatched teacher mass in the top-k
         tail = torch.exp(rows.log_tail)
-        matched, slope, mean = tail_divergence(
-            probs, partner, teacher, listed.sum(dim=-1) + tail, self.beta, shard=shard
+        matched, slope, mean = support_divergence(
+            probs, partner, teacher, listed.sum(dim=-1) + tail, self.divergence, shard=shard
         )
         entries = torch.cat([listed, tail[:, None]], dim=1)
         unmatched, rank_slope = self._sorted_l1(probs, entries, shard)
@@ -49,8 +50,9 @@ class GoldLoss(ChunkTerm):
         slope = w_matched * slope + w_unmatched * rank_slope
         mean = w_matched * mean + w_unmatched * shard.sum((probs * rank_slope).sum(dim=-1))
         gradient = torch.zeros_like(logits)
-        gradient[rows.boundary] = softmax_backward(probs, slope, mean) * self.temperature
-        loss = (w_matched * matched + w_unmatched * unmatched) * self.temperature**2
+        gradient[rows.boundary] = softmax_backward(probs, slope, mean)
+        gradient *= self.value_scale / self.temperature
+        loss = (w_matched * matched + w_unmatched * unmatched) * self.value_scale
         if token_grad is not None:
             add_token_gradient(gradient, logits, rows, token_grad, shard)
         return LossSums(loss=loss, kl=matched), gradient

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from mopd.losses.base import LossSums, RowBlock, RowScalars
-from mopd.losses.divergence import bin_divergence, softmax_backward
+from mopd.losses.divergence import Divergence, softmax_backward
 from mopd.losses.vocab import VocabShard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KlLoss:
-    """``beta`` as in `divergence`: reverse KL (1) is the usual choice on-policy."""
+    """Reverse KL is the usual choice on-policy."""
 
-    beta: float
+    divergence: Divergence
     temperature: float
+    value_scale: float
     coupled: bool = False
 
     def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> RowScalars:
@@ -34,32 +35,33 @@ class KlLoss:
         log_probs, _ = shard.log_softmax(logits / self.temperature)
         probs = torch.exp(log_probs)
         at = probs[rows.boundary]
-        value, slope, mean = tail_divergence(
+        value, slope, mean = support_divergence(
             at,
             rows.topk_ids,
             torch.exp(rows.topk_logprobs),
             torch.exp(rows.log_tail),
-            self.beta,
+            self.divergence,
             shard=shard,
         )
         gradient = torch.zeros_like(logits)
-        gradient[rows.boundary] = softmax_backward(at, slope, mean) * self.temperature
-        return LossSums(loss=value * self.temperature**2, kl=value), gradient
+        gradient[rows.boundary] = softmax_backward(at, slope, mean)
+        gradient *= self.value_scale / self.temperature
+        return LossSums(loss=value * self.value_scale, kl=value), gradient
 
 
-def tail_divergence(
+def support_divergence(
     probs: Tensor,
     ids: Tensor,
     teacher: Tensor,
     teacher_tail: Tensor,
-    beta: float,
+    divergence: Divergence,
     *,
     shard: VocabShard,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence on the bins ``ids`` [r, K] (student ids, -1 absent) and one bin for the rest.
+    """Divergence on the support ``ids`` [r, K] (student ids, -1 absent) and what lies outside.
 
     Returns the sum over rows, the slope in each student probability [r, V_local], and the slope's
-    mean under the student [r]. The student's tail is summed outside the support, so that rows near
+    mean under the student [r]. The student's mass outside is summed outside, so that rows near
     one-hot lose nothing to cancellation.
     """
     present = ids >= 0
@@ -69,10 +71,19 @@ def tail_divergence(
     inside = torch.zeros_like(probs).scatter_add_(1, column, mine.to(probs.dtype)).clamp_(max=1.0)
     tail = (probs * (1.0 - inside)).sum(dim=-1, keepdim=True)
     student = shard.sum(torch.cat([local, tail], dim=1))
-    bins = torch.cat([torch.where(present, teacher, 0.0), teacher_tail[:, None]], dim=1)
-    value, bin_slope = bin_divergence(bins, student, beta)
-    rest = bin_slope[:, -1:]
+    value, support_slope, rest = divergence.support(
+        torch.where(present, teacher, 0.0),
+        student[:, :-1],
+        teacher_rest=teacher_tail[:, None],
+        student_rest=student[:, -1:],
+    )
     slope = rest.expand_as(probs).clone()
-    slope.scatter_add_(1, column, torch.where(mine, bin_slope[:, :-1] - rest, 0.0))
-    mean = torch.where(student > 0, student * bin_slope, 0.0).sum(dim=-1)
+    slope.scatter_add_(1, column, torch.where(mine, support_slope - rest, 0.0))
+    mean = mean_slope(student, support_slope, rest)
     return value.sum(), slope, mean
+
+
+def mean_slope(student: Tensor, support_slope: Tensor, rest: Tensor) -> Tensor:
+    """[r] the slope's mean under the student; bins it gives nothing count nothing."""
+    slopes = torch.cat([support_slope, rest], dim=1)
+    return torch.where(student > 0, student * slopes, 0.0).sum(dim=-1)

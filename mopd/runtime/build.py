@@ -15,11 +15,12 @@ import torch.distributed as dist
 
 from mopd.align.paths import PathOptions
 from mopd.align.payload import PayloadOptions
-from mopd.config.schema import RunConfig, TeacherSection
+from mopd.config.schema import DivergenceSection, RunConfig, TeacherSection
 from mopd.device import get_device
 from mopd.errors import ConfigError
 from mopd.losses.base import Loss
 from mopd.losses.ctkd import CtkdLoss
+from mopd.losses.divergence import Divergence
 from mopd.losses.gold import GoldLoss, adaptive_weights
 from mopd.losses.head import DistillationHead, TeacherTerm
 from mopd.losses.kl import KlLoss
@@ -230,23 +231,34 @@ def _fold(config: RunConfig, projection: Projection) -> np.ndarray:
     return np.where(projection.folded, projection.teacher_size, projection.fold)
 
 
+def _divergence(section: DivergenceSection) -> Divergence:
+    return Divergence(**section.model_dump())
+
+
 def _loss(config: RunConfig, name: str, shard: ProjectionShard | None) -> Loss:
     temperature = config.distillation.temperature
+    scale = temperature**2 if config.distillation.scale_by_t2 else 1.0
     if name == "kl" or shard is None:
-        return KlLoss(beta=config.kl.beta, temperature=temperature)
+        return KlLoss(
+            divergence=_divergence(config.kl.divergence),
+            temperature=temperature,
+            value_scale=scale,
+        )
     if name == "ctkd":
         return CtkdLoss(
             projection=shard,
-            beta=config.ctkd.beta,
+            divergence=_divergence(config.ctkd.divergence),
             temperature=temperature,
+            value_scale=scale,
             lambda_chunk=config.ctkd.lambda_chunk,
         )
     gold = config.gold
     given = (gold.matched_weight, gold.unmatched_weight)
     return GoldLoss(
         projection=shard,
-        beta=gold.beta,
+        divergence=_divergence(gold.divergence),
         temperature=temperature,
+        value_scale=scale,
         weights=adaptive_weights(shard.common)
         if given[0] is None or given[1] is None
         else (given[0], given[1]),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mopd.losses.base import Loss
 from mopd.losses.ctkd import CtkdLoss
+from mopd.losses.divergence import Divergence
 from mopd.losses.gold import GoldLoss
 from mopd.losses.head import DistillationHead, TeacherTerm
 from mopd.losses.kl import KlLoss
@@ -142,23 +143,33 @@ def run_head(
     return output.total.detach(), leaf.grad
 
 
+def divergence_of(options: dict[str, Any], beta: float) -> Divergence:
+    """``divergence`` as it is, else a JSD with TRL's ``beta``."""
+    return options.get("divergence") or Divergence(kind="jsd", beta=options.get("beta", beta))
+
+
 def build_loss(name: str, shard: ProjectionShard, **options: Any) -> Loss:
     """A loss with the recipe's defaults unless told otherwise."""
     temperature = options.get("temperature", 1.0)
+    scale = temperature**2
     lambda_chunk = options.get("lambda_chunk", 0.0)
     if name == "kl":
-        return KlLoss(beta=options.get("beta", 1.0), temperature=temperature)
+        return KlLoss(
+            divergence=divergence_of(options, 1.0), temperature=temperature, value_scale=scale
+        )
     if name == "ctkd":
         return CtkdLoss(
             projection=shard,
-            beta=options.get("beta", 0.0),
+            divergence=divergence_of(options, 0.0),
             temperature=temperature,
+            value_scale=scale,
             lambda_chunk=lambda_chunk,
         )
     return GoldLoss(
         projection=shard,
-        beta=options.get("beta", 0.5),
+        divergence=divergence_of(options, 0.5),
         temperature=temperature,
+        value_scale=scale,
         weights=options.get("weights", (0.5, 0.5)),
         top_u=options.get("top_u", 512),
         lambda_chunk=lambda_chunk,

@@ -17,6 +17,7 @@ from mopd.align.boundaries import align_bytes
 from mopd.align.paths import PathOptions
 from mopd.align.payload import PayloadOptions, teacher_rows
 from mopd.losses.ctkd import CtkdLoss
+from mopd.losses.divergence import Divergence
 from mopd.losses.vocab import VocabShard
 from mopd.projection import ProjectionOptions, ProjectionShard, build_projection
 from mopd.tokens.vocabulary import Vocabulary
@@ -154,7 +155,13 @@ def _losses(
             ),
         )
         value, gradient = run_head(
-            CtkdLoss(projection=shard, beta=0.0, temperature=1.0, lambda_chunk=0.0),
+            CtkdLoss(
+                projection=shard,
+                divergence=Divergence(kind="forward_kl"),
+                temperature=1.0,
+                value_scale=1.0,
+                lambda_chunk=0.0,
+            ),
             torch.as_tensor(logits),
             rows,
             shard=VocabShard(start=0, size=student.size, vocab_size=student.size),

@@ -103,6 +103,7 @@ def test_a_right_recipe_passes(recipe: dict[str, Any]) -> None:
         (["gold.matched_weight=1"], "gold.unmatched_weight: is not set"),
         (["gold.unmatched_weight=1"], "gold.matched_weight: is not set"),
         (["gold={matched_weight: 0, unmatched_weight: 0}"], "both are 0"),
+        (["gold.divergence.top_k_mode=genkl"], "for kind=forward_kl and reverse_kl, not jsd"),
         (
             ["student.optimizer.lr_warmup_fraction=0.7"],
             "lr_warmup_fraction + lr_decay_fraction = 1.1 is more than the whole run",

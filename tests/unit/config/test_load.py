@@ -116,7 +116,10 @@ def test_fill_is_held_to_the_schema() -> None:
         ("train.steps=x", "train.steps: expected a valid integer"),
         ("train.steps=x", "got 'x' (str)"),
         ("train.steps=0", "train.steps: expected greater than or equal to 1, got 0 (int)"),
-        ("ctkd.beta=2", "ctkd.beta: expected less than or equal to 1, got 2 (int)"),
+        (
+            "gold.divergence.beta=2",
+            "gold.divergence.beta: expected less than or equal to 1, got 2 (int)",
+        ),
         ("distillation.loss=ctdk", "expected 'ctkd', 'gold' or 'kl', got 'ctdk' (str)"),
         ("student.optimizer.lr=.inf", "student.optimizer.lr: expected a finite number"),
         ("run.dir=[a]", "run.dir: expected a valid string, got"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mopd.losses.divergence import bin_divergence
+from mopd.losses.divergence import Divergence
 from mopd.losses.vocab import VocabShard
 from mopd.projection import ProjectionShard
 from tests.helpers.losses import build_loss, make_projection, make_rows, run_head
@@ -30,6 +30,11 @@ def one_row(name, logits, ids, probs, matrix, *, paths=None, nodes=None, **optio
         projection=shard,
     )
     return float(value), grad[0].numpy()
+
+
+def bin_divergence(teacher, student, beta):
+    value, slope = Divergence(kind="jsd", beta=beta).bins(teacher[None], student[None])
+    return value[0], slope[0]
 
 
 def identity(size):

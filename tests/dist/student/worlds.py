@@ -1,0 +1,235 @@
+"""Tiny students, a vocabulary-parallel loss, and rank functions that several tests share."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mopd.config.schema import OptimizerSection, ParallelSection
+from mopd.device import get_device
+from mopd.losses.base import LossOutput
+from mopd.student.model import StudentModel, build_student
+from mopd.student.optim import build_optimizer
+from mopd.student.parallel import Topology, initialize
+from mopd.student.step import LossFunction, StepResult, Student
+from mopd.types import MicroBatch, StepBatch
+
+FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel axes; `dp` is what the number of processes leaves."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a rank function trains: `micro_rows` rows per micro-batch, `steps` steps."""
+
+    model_dir: str
+    layout: Layout = field(default_factory=Layout)
+    micro_rows: int = 4
+    steps: int = 3
+    dtype: torch.dtype = torch.float32
+
+
+def make_model(family: str, out_dir: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """A random model of a family, saved by transformers. 67 tokens: odd, so tp = 2 pads."""
+    import transformers as tf
+
+    torch.manual_seed(5)
+    if family.startswith("llama"):
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        if family == "llama3":
+            rope |= {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0}
+            rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+        config = tf.LlamaConfig(
+            vocab_size=67, head_dim=32, rope_parameters=rope, tie_word_embeddings=False, **SIZES
+        )
+        model = tf.LlamaForCausalLM(config)
+    elif family == "qwen2":
+        sizes = SIZES | {"hidden_size": 128}  # Qwen2 has no head_dim of its own
+        config = tf.Qwen2Config(vocab_size=67, tie_word_embeddings=True, **sizes)
+        model = tf.Qwen2ForCausalLM(config)
+    else:
+        config = tf.Qwen3Config(vocab_size=67, head_dim=32, tie_word_embeddings=True, **SIZES)
+        model = tf.Qwen3ForCausalLM(config)
+    with torch.no_grad():  # norms and biases start at constants that hide mistakes
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.to(dtype).save_pretrained(out_dir)
+    return out_dir
+
+
+def join(layout: Layout) -> Topology:
+    """This process's place in the layout."""
+    parallel = ParallelSection(
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
+    )
+    return initialize(parallel, backend=get_device("cpu"), seed=3)
+
+
+def build(
+    run: Run,
+    loss_function: LossFunction | None = None,
+    *,
+    section: OptimizerSection | None = None,
+    total_steps: int = 10,
+) -> Student:
+    """A student in the layout of `run`, with the shared loss unless another is given."""
+    topology = join(run.layout)
+    model = build_student(
+        run.model_dir,
+        topology=topology,
+        dtype=run.dtype,
+        sequence_parallel=run.layout.sequence_parallel,
+    )
+    # A small epsilon would let Adam turn rounding noise of near-zero gradients into steps.
+    section = section or OptimizerSection(
+        lr=1e-2, lr_warmup_fraction=0.2, adam_eps=1e-4, clip_grad=0.5
+    )
+    optimizer, scheduler = build_optimizer(section, model=model, total_steps=total_steps)
+    return Student(
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loss_function=loss_function or NextToken(model),
+        clip_grad=section.clip_grad,
+    )
+
+
+class NextToken:
+    """Mean cross entropy on response rows, written against vocabulary shards."""
+
+    def __init__(self, model: StudentModel) -> None:
+        self._model = model
+
+    def __call__(
+        self, logits: torch.Tensor, micro_batch: MicroBatch, batch: StepBatch
+    ) -> LossOutput:
+        rows = torch.from_numpy(micro_batch.response_mask)
+        targets = torch.from_numpy(np.roll(micro_batch.tokens, -1, axis=1))[rows]
+        losses = cross_entropy(logits[rows], targets, self._model)
+        scale = batch.num_tokens / batch.denominators["teacher"]
+        count = torch.tensor(float(len(targets)))
+        return LossOutput(total=losses.sum() * scale + logits[:0].sum(), metrics={"rows": count})
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over tensor-parallel ranks whose gradient goes to each of them as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        values = values.clone()
+        if group is not None:
+            dist.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, model: StudentModel) -> torch.Tensor:
+    """Cross entropy [R] of vocabulary shards [R, V_local] and token ids [R]."""
+    topology, local = model.topology, logits.shape[-1]
+    ids = torch.arange(local) + topology.tp_rank * local
+    logits = logits.float().masked_fill(ids >= model.vocab_size, float("-inf"))
+    maximum = logits.detach().amax(-1)
+    if topology.tp_group is not None:
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=topology.tp_group)
+    exponentials = (logits - maximum[:, None]).exp().sum(-1)
+    total = _Sum.apply(exponentials, topology.tp_group)
+    is_target = ids == targets[:, None]
+    chosen = torch.where(is_target, logits, 0.0).sum(-1)
+    return total.log() + maximum - _Sum.apply(chosen, topology.tp_group)
+
+
+def step_batch(step: int, *, run: Run, dp_rank: int, empty: int = 0) -> StepBatch:
+    """One replica's share of eight random rows of unequal length; rows are dealt in order."""
+    generator = np.random.default_rng(step)
+    rows, width = 8, 12
+    tokens = generator.integers(0, 67, (rows, width))
+    lengths = generator.integers(5, width + 1, rows)
+    position = np.arange(width)
+    mask = (position >= 2) & (position < lengths[:, None] - 1)
+    tokens[position >= lengths[:, None]] = 0
+    mine = np.array_split(np.arange(rows), run.layout.dp)[dp_rank]
+    micro_batches = [
+        MicroBatch(tokens=tokens[part], lengths=lengths[part], response_mask=mask[part])
+        for part in mine.reshape(-1, run.micro_rows)
+    ]
+    nothing = MicroBatch(
+        tokens=np.zeros((run.micro_rows, width), dtype=np.int64),
+        lengths=np.zeros(run.micro_rows, dtype=np.int64),
+        response_mask=np.zeros((run.micro_rows, width), dtype=bool),
+    )
+    return StepBatch(
+        step=step,
+        micro_batches=(*micro_batches, *[nothing] * empty),
+        denominators={"teacher": float(mask.sum())},
+        num_tokens=int(lengths.sum()),
+        metrics={},
+    )
+
+
+def full_weights(student: Student) -> dict[str, torch.Tensor]:
+    """Hugging Face tensors on the lead rank, nothing elsewhere."""
+    from mopd.student.hf_io import iter_hf_weights
+
+    return {
+        name: tensor.clone()
+        for name, tensor in iter_hf_weights(student.model)
+        if tensor is not None
+    }
+
+
+def train(run: Run) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
+    """Train; every step's result, and the weights on replica 0's lead."""
+    student = build(run)
+    dp_rank = student.model.topology.dp_rank
+    results = [
+        student.train_step(step_batch(step, run=run, dp_rank=dp_rank)) for step in range(run.steps)
+    ]
+    return results, full_weights(student)
+
+
+def logits(run: Run, tokens: np.ndarray) -> torch.Tensor:
+    """Full logits of `tokens`, as seen by this rank."""
+    return build(run).forward_logits(tokens)
+
+
+def round_trip(run: Run, out_dir: str) -> bool:
+    """Load and save; whether this rank is the lead."""
+    from mopd.student.hf_export import save_hf
+
+    student = build(run)
+    save_hf(student.model, out_dir, source_dir=run.model_dir)
+    return student.model.topology.is_lead
