@@ -14,7 +14,7 @@ PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-LossName = Literal["ctkd", "gold", "kl"]
+LossName = Literal["ctkd", "gold", "uld", "kl"]
 DivergenceKind = Literal[
     "forward_kl", "reverse_kl", "jsd", "mixed", "skew_kl", "skew_reverse_kl", "akl", "tvd"
 ]
@@ -148,6 +148,12 @@ class GoldSection(Section):
     lambda_chunk: NonNegativeFloat = 0.0
 
 
+class UldSection(Section):
+    """Sorted L1 over both vocabularies (ULD 2402.12030): blind to which token is which."""
+
+    top_u: PositiveInt = 512
+
+
 class KlSection(Section):
     """Same-tokenizer divergence on the teacher's top-k plus tail."""
 
@@ -221,6 +227,7 @@ class RunConfig(Section):
     distillation: DistillationSection = DistillationSection()
     ctkd: CtkdSection = CtkdSection()
     gold: GoldSection = GoldSection()
+    uld: UldSection = UldSection()
     kl: KlSection = KlSection()
     rollout: RolloutSection = RolloutSection()
     data: DataSection = DataSection()

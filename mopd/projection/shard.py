@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
@@ -39,6 +41,12 @@ class ProjectionShard:
         index = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), end - begin)
         entry = _ragged_arange(begin, end - begin)
         return self.row[entry], index, self.val[entry]
+
+    def without_common(self) -> ProjectionShard:
+        """The same rows with no partners of equal bytes, for losses that ignore identity."""
+        twin = copy.copy(self)
+        twin.common = torch.full_like(self.common, -1)
+        return twin
 
     def fibre_entries(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Student tokens of path slots [E] (a trie group, or -1 - token) that this rank owns.

@@ -1,4 +1,4 @@
-"""The composition root: the only place that names concrete classes."""
+"""The composition root: with `objective`, the only place that names concrete classes."""
 
 from __future__ import annotations
 
@@ -9,29 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from mopd.align.paths import PathOptions
-from mopd.align.payload import PayloadOptions
-from mopd.config.schema import DivergenceSection, RunConfig, TeacherSection
+from mopd.config.schema import RunConfig
 from mopd.device import get_device
 from mopd.errors import ConfigError
-from mopd.losses.base import Loss
-from mopd.losses.ctkd import CtkdLoss
-from mopd.losses.divergence import Divergence
-from mopd.losses.gold import GoldLoss, adaptive_weights
-from mopd.losses.head import DistillationHead, TeacherTerm
-from mopd.losses.kl import KlLoss
+from mopd.losses.head import DistillationHead
 from mopd.losses.vocab import VocabShard
 from mopd.metrics.span import Spans
-from mopd.projection import ProjectionOptions, ProjectionShard, ProjectionStore
+from mopd.projection import ProjectionOptions, ProjectionStore
 from mopd.rollout.base import Sampler
 from mopd.rollout.hf import HfSampler
 from mopd.rollout.replay import ReplaySampler
 from mopd.runtime.data import PromptSource, Router, read_prompts
 from mopd.runtime.feed import Feed, FeedOptions
+from mopd.runtime.objective import active_teachers, loss_name, payload_options, teacher_terms
 from mopd.runtime.replica import sum_over_leads
 from mopd.serving.journal import Journal, journal_path
 from mopd.student.model import StudentModel, build_student
@@ -111,8 +104,8 @@ def build_run(config: RunConfig) -> Run:
             pool=pool,
             student=tokenizers.student,
             payload={
-                name: _payload(config, teacher, projections.get(name))
-                for name, teacher in _active(config).items()
+                name: payload_options(config, teacher, projections.get(name))
+                for name, teacher in active_teachers(config).items()
             },
             journal=journal,
             options=FeedOptions(
@@ -149,31 +142,22 @@ def _read(config: RunConfig, path: str, router: Router) -> list[Prompt]:
     return read_prompts(Path(path), router=router, teacher_key=config.distillation.teacher_key)
 
 
-def _active(config: RunConfig) -> dict[str, TeacherSection]:
-    """Teachers of weight 0 are not loaded: they change nothing."""
-    return {name: teacher for name, teacher in config.teachers.items() if teacher.weight > 0}
-
-
 def _load_tokenizers(config: RunConfig) -> _Tokenizers:
     student = ChatTokenizer.load(str(config.student.tokenizer or config.student.model))
     return _Tokenizers(
         student=student,
         teachers={
             name: ChatTokenizer.load(str(teacher.tokenizer or teacher.model))
-            for name, teacher in _active(config).items()
+            for name, teacher in active_teachers(config).items()
         },
     )
 
 
-def _loss_name(config: RunConfig, teacher: TeacherSection) -> str:
-    return teacher.loss or config.distillation.loss
-
-
 def _check_tokenizers(config: RunConfig, tokenizers: _Tokenizers) -> None:
     own = tokenizers.student.vocabulary.fingerprint
-    for name, teacher in _active(config).items():
+    for name, teacher in active_teachers(config).items():
         same = tokenizers.teachers[name].vocabulary.fingerprint == own
-        if _loss_name(config, teacher) == "kl" and not same:
+        if loss_name(config, teacher) == "kl" and not same:
             raise ConfigError(
                 f"teachers.{name}.loss=kl needs the student's own tokenizer, and this teacher has "
                 "another one; use ctkd or gold"
@@ -187,7 +171,7 @@ def _projections(
     store = ProjectionStore(Path(config.cache_dir) / "projections")
     options = ProjectionOptions(max_length=config.ctkd.max_length, gamma=config.ctkd.gamma)
     student = tokenizers.student.vocabulary
-    needed = [n for n, t in _active(config).items() if _loss_name(config, t) in ("ctkd", "gold")]
+    needed = [n for n, t in active_teachers(config).items() if loss_name(config, t) != "kl"]
 
     def read() -> dict[str, Projection]:
         return {
@@ -205,68 +189,6 @@ def _projections(
     return found or read()
 
 
-def _payload(
-    config: RunConfig, teacher: TeacherSection, projection: Projection | None
-) -> PayloadOptions:
-    temperature = config.distillation.temperature
-    if projection is None or _loss_name(config, teacher) != "ctkd":
-        return PayloadOptions(temperature=temperature)
-    path = PathOptions(
-        trie=projection.trie,
-        paths=projection.trie.paths(),
-        fold=projection.fold,
-        max_length=config.ctkd.max_length,
-    )
-    return PayloadOptions(
-        temperature=temperature,
-        fold=_fold(config, projection),
-        path=path if config.ctkd.path_terms else None,
-    )
-
-
-def _fold(config: RunConfig, projection: Projection) -> np.ndarray:
-    """``rest`` sends the mass of teacher tokens that the student lacks to the tail instead."""
-    if config.ctkd.unreachable == "fold":
-        return projection.fold
-    return np.where(projection.folded, projection.teacher_size, projection.fold)
-
-
-def _divergence(section: DivergenceSection) -> Divergence:
-    return Divergence(**section.model_dump())
-
-
-def _loss(config: RunConfig, name: str, shard: ProjectionShard | None) -> Loss:
-    temperature = config.distillation.temperature
-    scale = temperature**2 if config.distillation.scale_by_t2 else 1.0
-    if name == "kl" or shard is None:
-        return KlLoss(
-            divergence=_divergence(config.kl.divergence),
-            temperature=temperature,
-            value_scale=scale,
-        )
-    if name == "ctkd":
-        return CtkdLoss(
-            projection=shard,
-            divergence=_divergence(config.ctkd.divergence),
-            temperature=temperature,
-            value_scale=scale,
-            lambda_chunk=config.ctkd.lambda_chunk,
-        )
-    gold = config.gold
-    given = (gold.matched_weight, gold.unmatched_weight)
-    return GoldLoss(
-        projection=shard,
-        divergence=_divergence(gold.divergence),
-        temperature=temperature,
-        value_scale=scale,
-        weights=adaptive_weights(shard.common)
-        if given[0] is None or given[1] is None
-        else (given[0], given[1]),
-        top_u=gold.top_u,
-        lambda_chunk=gold.lambda_chunk,
-    )
-
-
 def _student(
     config: RunConfig,
     model: StudentModel,
@@ -282,21 +204,10 @@ def _student(
             f"student.tokenizer has {vocab_size} tokens and student.model only {model.vocab_size}; "
             "name the tokenizer that belongs to the model"
         )
-    total_weight = sum(teacher.weight for teacher in _active(config).values())
-    terms = {}
-    for name, teacher in _active(config).items():
-        shard = None
-        if name in projections:
-            shard = ProjectionShard(
-                projections[name], start=start, end=start + size, device=topology.device
-            )
-        terms[name] = TeacherTerm(
-            loss=_loss(config, _loss_name(config, teacher), shard),
-            weight=teacher.weight / total_weight,
-            projection=shard,
-        )
     head = DistillationHead(
-        terms=terms,
+        terms=teacher_terms(
+            config, projections, start=start, end=start + size, device=topology.device
+        ),
         shard=VocabShard(start=start, size=size, vocab_size=vocab_size, group=topology.tp_group),
     )
     optimizer, scheduler = build_optimizer(
@@ -339,7 +250,7 @@ def _sampler(config: RunConfig, tokenizer: ChatTokenizer, topology: Topology) ->
 
 def _teachers(config: RunConfig, tokenizers: _Tokenizers, topology: Topology) -> TeacherPool:
     return TeacherPool(
-        {name: _teacher(config, name, tokenizers, topology) for name in _active(config)}
+        {name: _teacher(config, name, tokenizers, topology) for name in active_teachers(config)}
     )
 
 

@@ -63,6 +63,7 @@ def test_gold_and_chunk_terms_train(tiny_world: World, tmp_path: Path) -> None:
     for name, keys in {
         "gold": {},
         "gold-chunk": {"gold__lambda_chunk": 1.0},
+        "uld": {"distillation__loss": "uld"},
         "mixed-losses": {"teachers__sort__loss": "ctkd", "ctkd__lambda_chunk": 1.0},
     }.items():
         lines = run(tiny_world, tmp_path, name, recipe="mopd_gold", **keys)

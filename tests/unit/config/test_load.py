@@ -120,7 +120,7 @@ def test_fill_is_held_to_the_schema() -> None:
             "gold.divergence.beta=2",
             "gold.divergence.beta: expected less than or equal to 1, got 2 (int)",
         ),
-        ("distillation.loss=ctdk", "expected 'ctkd', 'gold' or 'kl', got 'ctdk' (str)"),
+        ("distillation.loss=ctdk", "expected 'ctkd', 'gold', 'uld' or 'kl', got 'ctdk' (str)"),
         ("student.optimizer.lr=.inf", "student.optimizer.lr: expected a finite number"),
         ("run.dir=[a]", "run.dir: expected a valid string, got"),
         ("train=3", "train: expected a section of keys, got 3"),

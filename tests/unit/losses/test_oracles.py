@@ -202,6 +202,15 @@ def test_sorted_l1_45_47():
     assert value == pytest.approx(0.10, abs=1e-9)
 
 
+def test_uld_range_and_identity_47():
+    # one-hot against uniform over 10 tokens: 2 (1 - 1/10)
+    student = np.full(10, -60.0)
+    student[3] = 0.0
+    options = {"weights": (0.0, 1.0), "beta": 0.0}
+    value, _ = one_row("gold", student, list(range(10)), [0.1] * 10, identity(10), **options)
+    assert value == pytest.approx(1.8, abs=1e-9)
+
+
 def test_all_common_gold_is_the_divergence_48():
     common = np.arange(3)
     value, _ = one_row(
