@@ -135,7 +135,7 @@ def test_convert_imports_and_warns_40(
     assert warning.startswith("mopd: warning: 1 rows look like NeMo's scale trick")
     assert warning.count("\n") == 1
     assert main(["projection", "show", str(out), *pair, "--id", "300"]) == 0
-    assert "0.7508" in capsys.readouterr().out
+    assert "(10) 0.750" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
