@@ -10,7 +10,7 @@ SOURCES := mopd tests $(wildcard launch)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint types format clean
+.PHONY: help setup train test test-fast bench lint types format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: lint types ## lint, format check, type check and every test
 
 test-fast: setup ## unit tests that are not marked slow
 	$(BIN)/python -m pytest tests/unit -m "not slow"
+
+bench: setup ## speed, memory and error of the losses: bench.json
+	$(BIN)/python -m tests.bench $(ARGS)
 
 lint: setup ## ruff: rules and formatting
 	$(BIN)/ruff check $(SOURCES)

@@ -1,6 +1,7 @@
 """The training entry: ``torchrun launch/train.py recipe=mopd_ctkd [key=value ...]``.
 
-Exit codes: 0 trained, 1 the run failed or learned nothing, 2 the recipe cannot run.
+Exit codes: 0 trained, 1 the run failed or learned nothing, 2 the recipe cannot run,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from mopd.config.load import parse_arguments
 from mopd.demo.fill import WorldFill
 from mopd.errors import ConfigError, DidNotLearnError, MopdError
 
+INTERRUPTED = 130
+
 
 def main(argv: Sequence[str]) -> int:
     """Validates first, so that a mistake costs a second; loads torch and the models after that."""
@@ -32,6 +35,10 @@ def main(argv: Sequence[str]) -> int:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if is_main and fill.announcement:
+        print(fill.announcement)
 
     from mopd.runtime.session import run_session
 
@@ -41,6 +48,10 @@ def main(argv: Sequence[str]) -> int:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        if is_main:
+            print("interrupted: the same command continues from the last checkpoint")
+        return INTERRUPTED
     except MopdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -123,11 +123,6 @@ def _paths(config: RunConfig) -> Iterator[str]:
         yield from _file("data.path", config.data.path)
     if config.data.heldout_path is not None:
         yield from _file("data.heldout_path", config.data.heldout_path)
-    elif config.evaluate.fail_if_not_learned:
-        yield (
-            "data.heldout_path: is not set, so learning cannot be measured; set it, or "
-            "evaluate.fail_if_not_learned=false"
-        )
     if config.rollout.backend.path is not None and not Path(config.rollout.backend.path).exists():
         yield f"rollout.backend.path: {config.rollout.backend.path} does not exist; correct it"
 
@@ -160,6 +155,8 @@ def _sizes(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel = config.student.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp = parallel.context_parallel_size
+    if cp > 1:
+        yield f"student.parallel.context_parallel_size={cp}: is not supported yet, use 1"
     if world_size % (tp * pp * cp):
         yield (
             f"student.parallel: tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp} does "

@@ -205,7 +205,7 @@ def _validate(values: dict[Any, Any]) -> RunConfig:
     first = problems[0]
     key = ".".join(str(part) for part in first["loc"])
     got = first["input"]
-    problem = first["msg"].replace("Input should be ", "expected ", 1)
+    problem = first["msg"].replace("Input should be ", "expected ", 1).removeprefix("Value error, ")
     problem = f"{problem[0].lower()}{problem[1:]}, got {got!r} ({type(got).__name__})"
     if first["type"] == "string_type" and isinstance(got, int | float):
         problem += "; quote it"

@@ -6,9 +6,10 @@ cross-tokenizer papers (`max_length`, `gamma`).
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
@@ -28,14 +29,20 @@ class Section(BaseModel):
     )
 
 
+def _run_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("a name has letters, digits, `.`, `_` and `-` only, and no slash")
+    return name
+
+
 class RunSection(Section):
     """Where a run lives and what makes it repeatable."""
 
-    name: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, AfterValidator(_run_name)] = "default"
     dir: str = "runs"
     seed: NonNegativeInt = 1
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    threads: PositiveInt | None = None  # torch threads per rank; None shares the cores evenly
+    threads: PositiveInt | None = None  # torch threads per rank; None: the cores, shared evenly
     overwrite: bool = False  # start afresh where a run of this name exists
 
 

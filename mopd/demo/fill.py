@@ -11,18 +11,22 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from mopd.config.load import RECIPES
 from mopd.demo.build import ensure_peer, ensure_world
 from mopd.demo.spec import PEER, TEACHERS, World, WorldSpec
+from mopd.errors import ConfigError
 
 
 class WorldFill:
-    """For `load_config(fill=...)`. ``world_name`` is set once the world was used.
+    """For `load_config(fill=...)`.
+
+    Once the world was used ``world_name`` is its digest and ``announcement`` says what was filled.
 
     Args:
-        announce: print one line that says what was filled in, and show progress while building.
+        announce: show progress while building.
         spec: which world.
     """
 
     def __init__(self, *, announce: bool, spec: WorldSpec | None = None) -> None:
         self.world_name: str | None = None
+        self.announcement: str | None = None
         self._announce = announce
         self._spec = spec or WorldSpec()
 
@@ -31,8 +35,10 @@ class WorldFill:
         open_keys = _open_keys(recipe, names)
         if not open_keys:
             return recipe
+        _refuse_missing(recipe)
         root = Path(recipe.cache_dir) / "world"
-        world = ensure_world(root, spec=self._spec, progress=self._announce)
+        is_built = (root / self._spec.digest() / "world.json").exists()
+        world = ensure_world(root, spec=self._spec, progress=self._announce and not is_built)
         self.world_name = world.path.name
         layers: list[DictConfig | ListConfig] = [recipe]
         if "student.model" in open_keys:
@@ -47,14 +53,25 @@ class WorldFill:
             if f"teachers.{name}.model" in open_keys
         }
         layers.append(OmegaConf.create({"teachers": teachers}))
-        if self._announce:
-            print(f"not set: {', '.join(open_keys)}; using the embedded world {world.path}")
+        self.announcement = (
+            f"not set: {', '.join(open_keys)}; using the embedded world {world.path}"
+        )
         return OmegaConf.merge(*layers)  # type: ignore[return-value]
 
     def _teacher(self, world: World, name: str) -> dict[str, Any]:
         if name == PEER:
             return {"model": str(ensure_peer(world, progress=self._announce))}
         return {"model": str(world.teachers[name]), "domains": [name]}
+
+
+def _refuse_missing(recipe: DictConfig) -> None:
+    """Paths that were given are looked at before minutes go into building a world."""
+    given = {key: OmegaConf.select(recipe, key) for key in ("student.model", "data.path")}
+    for name, teacher in (OmegaConf.select(recipe, "teachers") or {}).items():
+        given[f"teachers.{name}.model"] = teacher.get("model")
+    for key, path in given.items():
+        if path is not None and not Path(str(path)).exists():
+            raise ConfigError(f"{key}: {path} does not exist")
 
 
 def _open_keys(recipe: DictConfig, names: Sequence[str]) -> list[str]:

@@ -17,6 +17,10 @@ from mopd.losses.rows import blocks
 from mopd.losses.vocab import VocabShard
 from mopd.types import MicroBatch, StepBatch, TeacherRows
 
+# A block and its few temporaries should stay in cache: 512 rows of a large vocabulary do not.
+BLOCK_ELEMENTS = 4_000_000
+MIN_ROWS, MAX_ROWS = 16, 512
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherTerm:
@@ -51,7 +55,7 @@ class DistillationHead:
 
     terms: Mapping[str, TeacherTerm]
     shard: VocabShard
-    block_size: int = 512
+    block_size: int | None = None  # rows; None: as many as fit BLOCK_ELEMENTS
 
     def __call__(self, logits: Tensor, micro: MicroBatch, batch: StepBatch) -> LossOutput:
         """``total`` is T * sum_m weight_m S_m / D_m with T the step's global number of tokens,
@@ -89,7 +93,7 @@ class DistillationHead:
                 payload,
                 projection=term.projection,
                 with_tokens=coupled,
-                block_size=self.block_size,
+                block_size=self.block_size or self._block_rows(),
                 like=flat.new_zeros((), dtype=dtype),
             )
         )
@@ -111,6 +115,9 @@ class DistillationHead:
             gradient[block.positions] += (scale * grad).to(gradient.dtype)
             loss, kl = loss + sums.loss, kl + sums.kl
         return LossSums(loss=loss, kl=kl)
+
+    def _block_rows(self) -> int:
+        return max(MIN_ROWS, min(MAX_ROWS, BLOCK_ELEMENTS // self.shard.size))
 
     def _block(self, flat: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
         return self.shard.mask_padding(flat[positions].to(dtype))

@@ -100,6 +100,20 @@ def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def print_summary(summary: Summary, console: Console | None = None) -> None:
     """Print the table of domains, then what each teacher's chunks look like, and the time."""
     console = console or Console()
+    if summary.domains:
+        console.print(_table(summary))
+    else:
+        console.print("held-out accuracy is not measured: no held-out row has an `answer`")
+    for name, counts in summary.chunks.items():
+        outside = chunk_shares(counts)["tokens_outside_1_1"]
+        line = f"{name}: {outside:.0%} of the tokens lie in chunks other than 1-1"
+        console.print(Text(printable(line)), soft_wrap=True)
+    for line in _warnings(summary):
+        console.print(Text(printable(line)), soft_wrap=True)
+    console.print(f"{summary.steps} steps in {summary.seconds:.0f} s")
+
+
+def _table(summary: Summary) -> Table:
     table = Table()
     table.add_column("domain")
     for heading in ("before", "after", "teacher", "headroom recovered", "canonical"):
@@ -108,14 +122,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         shares = (result.before, result.after, result.teacher, result.headroom_recovered)
         canonical = f"{_percent(result.canonical_before)} -> {_percent(result.canonical_after)}"
         table.add_row(Text(printable(name)), *map(_percent, shares), canonical)
-    console.print(table)
-    for name, counts in summary.chunks.items():
-        outside = chunk_shares(counts)["tokens_outside_1_1"]
-        line = f"{name}: {outside:.0%} of the tokens lie in chunks other than 1-1"
-        console.print(Text(printable(line)), soft_wrap=True)
-    for line in _warnings(summary):
-        console.print(Text(printable(line)), soft_wrap=True)
-    console.print(f"{summary.steps} steps in {summary.seconds:.0f} s")
+    return table
 
 
 def _warnings(summary: Summary) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mopd.config.model_shape import read_model_config
 from mopd.config.schema import RunConfig
 from mopd.device import get_device
 from mopd.errors import ConfigError
@@ -38,6 +39,7 @@ from mopd.teachers.uniform import UniformTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Projection, Prompt
 
+SMALL_HIDDEN_SIZE = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -71,8 +73,7 @@ def build_run(config: RunConfig) -> Run:
         ConfigError: before any model is loaded where the data or a tokenizer is wrong.
     """
     backend = get_device(config.run.device)
-    threads = config.run.threads or _threads_per_rank()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(config.run.threads or _threads_per_rank(config))
     router = Router(config.teachers, config.distillation)
     assert config.data.path is not None and config.student.model is not None
     prompts = _read(config, config.data.path, router)
@@ -133,7 +134,10 @@ def build_run(config: RunConfig) -> Run:
     )
 
 
-def _threads_per_rank() -> int:
+def _threads_per_rank(config: RunConfig) -> int:
+    """An even share of the cores; one for a small student, whose threads would only wait."""
+    if read_model_config(Path(str(config.student.model))).hidden_size <= SMALL_HIDDEN_SIZE:
+        return 1
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, (os.cpu_count() or 1) // local_world)
 

@@ -43,6 +43,7 @@ class State:
     teachers: dict[str, float | None] = field(default_factory=dict)
     chunks: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped_in_a_row: int = 0
+    seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -55,9 +56,10 @@ def train(run: Run, sink: Sink) -> Summary:
     """
     started = time.perf_counter()
     state = _resume(run, sink)
-    config = run.config
+    config, seconds_before = run.config, state.seconds
     _push(run, state.step)
-    if not state.before:
+    if not state.before and run.heldout:
+        sink.note("measuring the student and its teachers on the held-out prompts")
         state.before = _evaluate(run)
         state.teachers = _evaluate_teachers(run)
     for step in range(state.step, config.train.steps):
@@ -70,9 +72,10 @@ def train(run: Run, sink: Sink) -> Summary:
         state.step = step + 1
         _stop_if_stuck(state, result)
         _log(run, sink, batch, result, seconds=time.perf_counter() - began)
+        state.seconds = seconds_before + time.perf_counter() - started
         if state.step % config.checkpoint.save_interval == 0 or state.step == config.train.steps:
             _save(run, state)
-    return _finish(run, state, seconds=time.perf_counter() - started)
+    return _finish(run, state, seconds=seconds_before + time.perf_counter() - started)
 
 
 def _push(run: Run, version: int) -> None:
@@ -85,6 +88,7 @@ def _resume(run: Run, sink: Sink) -> State:
     state = State()
     if latest is not None:
         state = State(**checkpoint.load(latest, student=run.student))
+        sink.note(f"continuing from step {state.step}, the last checkpoint")
     sink.truncate_from(state.step)
     if run.journal is not None:
         run.journal.truncate_from(state.step)
@@ -202,14 +206,24 @@ def _finish(run: Run, state: State, *, seconds: float) -> Summary:
 
 
 def refuse_if_not_learned(summary: Summary) -> None:
-    """Says so when held-out accuracy did not rise.
+    """Says so when held-out accuracy did not rise, and what may be the matter.
 
     Raises:
         DidNotLearnError: the gain is within two standard errors.
     """
-    if summary.learned is False:
-        raise DidNotLearnError(
-            "held-out accuracy did not rise: the student learned nothing that its answers show; "
-            "look at kl/<teacher> in metrics.jsonl, train longer, or start from a student that is "
-            "right now and then (evaluate.fail_if_not_learned=false accepts this)"
-        )
+    if summary.learned is not False:
+        return
+    moves = ", ".join(f"{n} {r.before:.0%} -> {r.after:.0%}" for n, r in summary.domains.items())
+    useless = [
+        n for n, r in summary.domains.items() if r.teacher is not None and r.teacher <= r.before
+    ]
+    advice = (
+        f"the teachers of {', '.join(useless)} are no better than the student was: look at their "
+        "chat template and at the prompts"
+        if useless
+        else "train longer, or start from a student that is right now and then"
+    )
+    raise DidNotLearnError(
+        f"the student learned nothing that its held-out answers show in {summary.steps} steps "
+        f"({moves}); {advice} (evaluate.fail_if_not_learned=false accepts this)"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from mopd.config.load import dump_config
 from mopd.config.schema import RunConfig
-from mopd.errors import ConfigError
+from mopd.errors import ConfigError, DidNotLearnError
 from mopd.metrics.console import ConsoleSink
 from mopd.metrics.sinks import JsonlSink, MultiSink, Sink, TensorBoardSink
 from mopd.metrics.summary import Summary, print_summary, write_summary
@@ -29,21 +30,19 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
         world: digest of the embedded world, for the summary.
     Raises:
         ConfigError: the directory holds a run with other settings.
-        DidNotLearnError: after everything is written.
+        DidNotLearnError: after everything is written, or again for a finished run.
     """
     directory = Path(config.run.dir) / config.run.name
     is_main = os.environ.get("RANK", "0") == "0"
-    prepare_directory(directory, config, is_main=is_main)
+    if is_main:
+        clear_directory(directory, config)
     # with overwrite the main rank is deleting the old one: only it may look
     finished = (directory / "summary.json").exists()
     if finished and (is_main or not config.run.overwrite):
-        if is_main:
-            print(
-                f"{directory} is finished: see summary.json; run.overwrite=true trains it again, "
-                "run.name=... trains another"
-            )
-        return None
+        return _report_finished(directory, config, is_main=is_main)
     run = build_run(config)
+    if is_main:
+        write_config(directory, config)
     sink = _sinks(config, directory) if is_main else MultiSink([])
     try:
         summary = dataclasses.replace(train(run, sink), world=world)
@@ -53,30 +52,43 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
     if is_main:
         write_summary(directory / "summary.json", summary)
         print_summary(summary)
-        print(f"{directory}: hf/ (model), metrics.jsonl, summary.json, tensorboard/")
+        print(
+            f"{directory}: hf/ (model), metrics.jsonl, summary.json, tensorboard/, journal/, "
+            "checkpoints/"
+        )
     if config.evaluate.fail_if_not_learned:
         refuse_if_not_learned(summary)
     return summary
 
 
-def prepare_directory(directory: Path, config: RunConfig, *, is_main: bool) -> None:
-    """Writes the resolved recipe, or checks that the one there is the same.
-
-    Only the main rank writes; the others wait for it where they first meet, in the process group.
-    """
+def clear_directory(directory: Path, config: RunConfig) -> None:
+    """Refuses a run with other settings, or removes it with ``run.overwrite``."""
     path = directory / "config.yaml"
-    if not is_main:
-        return
     if config.run.overwrite and directory.exists():
         if any(directory.iterdir()) and not path.exists():
             raise ConfigError(f"{directory} is not a run, so run.overwrite leaves it; use another")
         shutil.rmtree(directory)
     if path.exists():
         _refuse_changes(path, config)
+
+
+def write_config(directory: Path, config: RunConfig) -> None:
+    """Only once everything could be built: a start that failed binds nobody to its settings."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = directory / "config.yaml.tmp"
     temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, path)
+    os.replace(temporary, directory / "config.yaml")
+
+
+def _report_finished(directory: Path, config: RunConfig, *, is_main: bool) -> None:
+    if is_main:
+        print(
+            f"{directory} is finished: see summary.json; run.overwrite=true trains it again, "
+            "run.name=... trains another"
+        )
+    learned = json.loads((directory / "summary.json").read_text(encoding="utf-8")).get("learned")
+    if learned is False and config.evaluate.fail_if_not_learned:
+        raise DidNotLearnError(f"{directory}: its held-out accuracy did not rise")
 
 
 def _refuse_changes(path: Path, config: RunConfig) -> None:

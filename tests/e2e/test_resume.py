@@ -26,14 +26,17 @@ def run_words(world: World, directory: Path, name: str) -> list[str]:
     )
 
 
-def kill_after(lines: int, recipe_words: list[str], run: Path) -> None:
-    """Starts the run and sends SIGKILL once it has logged ``lines`` steps."""
+def kill_after(
+    lines: int, recipe_words: list[str], run: Path, how: signal.Signals = signal.SIGKILL
+) -> tuple[int, str]:
+    """Starts the run and sends ``how`` once it has logged ``lines`` steps; exit code and stderr."""
     process = subprocess.Popen(
         command("mopd_ctkd", recipe_words),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
@@ -41,8 +44,9 @@ def kill_after(lines: int, recipe_words: list[str], run: Path) -> None:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
 
 
 @pytest.mark.e2e
@@ -68,6 +72,17 @@ def test_a_killed_run_continues_bitwise(tiny_world: World, tmp_path: Path) -> No
         (tmp_path / name / "journal/rollouts-0.jsonl").read_text() for name in ("killed", "whole")
     ]
     assert journals[0] == journals[1]
+
+
+@pytest.mark.e2e
+def test_an_interrupt_ends_quietly_and_the_run_continues(tiny_world: World, tmp_path: Path) -> None:
+    overrides = run_words(tiny_world, tmp_path, "stopped")
+    code, errors = kill_after(6, overrides, tmp_path / "stopped", signal.SIGINT)
+    assert code == 130 and "Traceback" not in errors
+    continued = launch("mopd_ctkd", overrides)
+    assert continued.returncode == 0, continued.stderr
+    assert "continuing from step" in continued.stdout
+    assert [line["step"] for line in step_lines(tmp_path / "stopped")] == list(range(STEPS))
 
 
 @pytest.mark.e2e

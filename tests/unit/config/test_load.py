@@ -127,7 +127,7 @@ def test_fill_is_held_to_the_schema() -> None:
         ("teachers.math=3", "teachers.math: expected a section of keys"),
         ("teachers.math.domains.a=3", "teachers.math.domains: expected a value, got keys {'a': 3}"),
         ("run.dir=${data}", "run.dir: expected a value, got keys {'path': None"),
-        ("run.name=a/b", "run.name: string should match pattern"),
+        ("run.name=a/b", "a name has letters, digits, `.`, `_` and `-` only, and no slash"),
         ("teachers.math.domains=a", "got 'a' (str); write a list, as in [a, b]"),
         ("run.seed=[1]", "run.seed: expected a valid integer, got [1] (list)"),
         ("teachers=[a]", "teachers: expected a section of keys"),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mopd.config.schema import RunConfig
-from mopd.errors import ConfigError
-from mopd.runtime.session import prepare_directory, run_session
+from mopd.errors import ConfigError, DidNotLearnError
+from mopd.runtime.session import clear_directory, run_session, write_config
 
 
 def config(directory: Path, **changes: Any) -> RunConfig:
@@ -20,7 +20,8 @@ def config(directory: Path, **changes: Any) -> RunConfig:
 
 def prepare(root: Path, **changes: Any) -> Path:
     run = root / "r"
-    prepare_directory(run, config(root, **changes), is_main=True)
+    clear_directory(run, config(root, **changes))
+    write_config(run, config(root, **changes))
     return run
 
 
@@ -30,9 +31,10 @@ def test_a_fresh_run_gets_its_resolved_recipe(tmp_path: Path) -> None:
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
 
 
-def test_other_ranks_touch_nothing(tmp_path: Path) -> None:
-    prepare_directory(tmp_path / "r", config(tmp_path), is_main=False)
+def test_a_start_that_failed_binds_nobody(tmp_path: Path) -> None:
+    clear_directory(tmp_path / "r", config(tmp_path))
     assert not (tmp_path / "r").exists()
+    clear_directory(tmp_path / "r", config(tmp_path, run={"seed": 2}))
 
 
 def test_the_same_recipe_continues_and_free_keys_may_change(tmp_path: Path) -> None:
@@ -83,6 +85,9 @@ def test_overwrite_does_not_delete_what_is_no_run(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = prepare(tmp_path)
-    (run / "summary.json").touch()
+    (run / "summary.json").write_text('{"learned": true}')
     assert run_session(config(tmp_path), world=None) is None
     assert "is finished" in capsys.readouterr().out
+    (run / "summary.json").write_text('{"learned": false}')
+    with pytest.raises(DidNotLearnError):  # a second start does not turn a failure green
+        run_session(config(tmp_path), world=None)

@@ -1,0 +1,152 @@
+"""The command line: which rows, bench.json, a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.bench import cases, data, measure, problems
+
+NOT_YET = {
+    "hkl_8192": "no hybrid KL (hkl) loss in mopd.losses",
+    "fused_jsd": "no fused lm_head + JSD; the head starts from logits",
+    "uld_exact": "GoldLoss sorts the largest top_u only, against top-k teacher lists",
+    "gold_8192": "teacher payloads list the top-k; 8192 exact columns are not offered",
+}
+ROWS = (*cases.BUILDERS, "scaling", "alignment", "projection_build", *NOT_YET)
+REPEATS = 7
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    measure.limit_threads()
+    if options.peak:
+        print(peak(*options.peak, quick=options.quick, cache=options.cache))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="mopd-bench-") as temporary:
+        results = {
+            name: run_row(name, options, options.cache or Path(temporary)) for name in options.rows
+        }
+    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--rows", type=_row_names, default=ROWS, help="comma-separated; all")
+    parser.add_argument("--quick", action="store_true", help="small shapes, 1 repeat")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--no-peak", action="store_true", help="skip the peak memory")
+    parser.add_argument("--cache", type=Path, help="where projections are kept; a new one")
+    parser.add_argument("--peak", nargs=2, metavar=("ROW", "SIDE"), help="print one peak only")
+    return parser
+
+
+def _row_names(value: str) -> tuple[str, ...]:
+    names = tuple(value.split(","))
+    unknown = set(names) - set(ROWS)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no row {sorted(unknown)}; rows: {', '.join(ROWS)}")
+    return names
+
+
+def run_row(name: str, options: argparse.Namespace, cache: Path) -> dict[str, Any]:
+    """One entry of bench.json."""
+    quick, repeats = options.quick, 1 if options.quick else options.repeats
+    if name in NOT_YET:
+        keys = ("ratio", "peak_tensors", "cpu_seconds", "repeats", "work", "baseline", "error")
+        return {**dict.fromkeys(keys), "reason": NOT_YET[name]}
+    if name == "scaling":
+        return scaling(quick, cache, repeats)
+    if name == "alignment":
+        return data.alignment(quick, cache, repeats)
+    if name == "projection_build":
+        row = data.projection_build(quick, min(repeats, 3))
+        if not options.no_peak:
+            row["peak_bytes"] = measure.peak_in_fresh_process(
+                name, "ours", quick=quick, cache=cache
+            )
+        return row
+    row = measure.loss_row(case(name, quick, cache), repeats)
+    if not options.no_peak:
+        for key, side in (("peak_tensors", "ours"), ("baseline_peak_tensors", "baseline")):
+            row[key] = measure.peak_in_fresh_process(name, side, quick=quick, cache=cache)
+    return row
+
+
+def case(name: str, quick: bool, cache: Path) -> cases.Case:
+    shapes = cases.QUICK if quick else cases.FULL
+    return cases.BUILDERS[name](shapes[name], cache)
+
+
+def peak(row: str, side: str, *, quick: bool, cache: Path) -> float:
+    """In units of the logits tensor; in bytes for the projection."""
+    if row == "projection_build":
+        student, teacher, _ = problems.vocabularies_of(data.SIZES[quick])
+        return float(measure.extra_bytes(data.builder(student, teacher)))
+    built = case(row, quick, cache)
+    return measure.extra_bytes(built.side(side)) / built.tensor_bytes
+
+
+def scaling(quick: bool, cache: Path, repeats: int) -> dict[str, Any]:
+    """Exponents: CPU time goes with rows ** rows_exponent, vocabulary ** vocab_exponent."""
+    exponents, total = {}, 0.0
+    for name, build in cases.BUILDERS.items():
+        base = cases.QUICK[name] if quick else cases.SCALING_BASE[name]
+        shapes = {"base": base, "rows": base.scaled(rows=2), "vocab": base.scaled(vocab=2)}
+        runs = {key: build(shape, cache).ours for key, shape in shapes.items()}
+        seconds = measure.cpu_seconds(runs, repeats)
+        total += sum(seconds.values())
+        exponents[name] = {
+            key: math.log2(seconds[key] / seconds["base"]) for key in ("rows", "vocab")
+        }
+    return {
+        "ratio": None,
+        "peak_tensors": None,
+        "cpu_seconds": total,
+        "repeats": repeats,
+        "work": "every loss with its rows doubled, then its vocabularies",
+        "baseline": None,
+        "error": None,
+        "exponents": exponents,
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{'row':<18}{'ratio':>8}{'peak':>8}{'CPU s':>9}{'error':>10}  notes"]
+    for name, row in results.items():
+        worst = max(row["error"].values()) if row["error"] else None
+        cells = (
+            _cell(row["ratio"], 8, ".2f")
+            + _cell(row["peak_tensors"], 8, ".2f")
+            + _cell(row["cpu_seconds"], 9, ".3f")
+            + _cell(worst, 10, ".1e")
+        )
+        lines.append(f"{name:<18}{cells}  {_notes(row)}")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, width: int, form: str) -> str:
+    return f"{'-' if value is None else format(value, form):>{width}}"
+
+
+def _notes(row: dict[str, Any]) -> str:
+    if "reason" in row:
+        return f"not measured: {row['reason']}"
+    if "exponents" in row:
+        parts = (f"{k} T^{e['rows']:.2f} V^{e['vocab']:.2f}" for k, e in row["exponents"].items())
+        return ", ".join(parts)
+    if "tokens_per_second" in row:
+        return f"{row['tokens_per_second']:,.0f} tokens per CPU second"
+    if row.get("peak_bytes") is not None:
+        return f"peak {row['peak_bytes'] / 1e9:.2f} GB"
+    if "same_formula_ratio" in row:
+        return f"{row['same_formula_ratio']:.2f} of the same formula in plain torch"
+    return ""
