@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mopd.losses.base import LossSums, ProjectionRows, RowBlock, zero
 from mopd.losses.chunk import ChunkTerm, add_token_gradient
-from mopd.losses.divergence import Divergence, softmax_backward
-from mopd.losses.kl import mean_slope
+from mopd.losses.divergence import Divergence
+from mopd.losses.softmax import boundary_probs, mean_slope, spread, tempered
 from mopd.losses.vocab import VocabShard
 
 
@@ -31,39 +31,34 @@ class CtkdLoss(ChunkTerm):
     def grad(
         self, logits: Tensor, rows: RowBlock, token_grad: Tensor | None, shard: VocabShard
     ) -> tuple[LossSums, Tensor]:
-        scaled = logits / self.temperature
-        log_probs, _ = shard.log_softmax(scaled)
-        probs = torch.exp(log_probs)
-        kl, slope, mean = self._boundary(probs[rows.boundary], rows, shard)
-        gradient = torch.zeros_like(logits)
-        gradient[rows.boundary] = softmax_backward(probs[rows.boundary], slope, mean)
+        scaled = tempered(logits, self.temperature)
+        kl, at_boundary = self._boundary(boundary_probs(scaled, rows, shard), rows, shard)
+        gradient = spread(at_boundary, logits, rows)
         path = self._path(scaled, rows, shard, gradient)
-        gradient *= self.value_scale / self.temperature
+        if self.value_scale != self.temperature:
+            gradient *= self.value_scale / self.temperature
         sums = LossSums(loss=(kl + path) * self.value_scale, kl=kl)
         if token_grad is not None:
             add_token_gradient(gradient, logits, rows, token_grad, shard)
         return sums, gradient
 
-    def _boundary(
-        self, probs: Tensor, rows: RowBlock, shard: VocabShard
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Divergence of the tail bins on q~ = W^T q.
-
-        Returns its sum, the slope in q [r, V_local] and the slope's mean under q [r].
-        """
+    def _boundary(self, probs: Tensor, rows: RowBlock, shard: VocabShard) -> tuple[Tensor, Tensor]:
+        """Divergence of the tail bins on q~ = W^T q: its sum and its gradient, in ``probs``."""
         present = rows.topk_ids >= 0
         support, inverse = torch.unique(rows.topk_ids.clamp_min(0), return_inverse=True)
         student_row, column, weight = self.projection.columns(support)
+        touched, entry = torch.unique(student_row, return_inverse=True)
         weight = weight.to(probs.dtype)
         member = probs.new_zeros(len(probs), len(support))
         member.scatter_add_(1, inverse, present.to(probs.dtype)).clamp_(max=1.0)
-        projected = torch.zeros_like(member)
-        projected.index_add_(1, column, probs[:, student_row] * weight)
-        covered = torch.zeros_like(probs)
-        covered.index_add_(1, student_row, member[:, column] * weight)
+        at = probs[:, touched]
+        spelled = at[:, entry] * weight
+        projected = torch.zeros_like(member).index_add_(1, column, spelled)
         # the tail is summed over what lies outside, not taken as 1 - inside: no cancellation
-        tail = (probs * (1.0 - covered).clamp_min(0.0)).sum(dim=-1, keepdim=True)
-        both = shard.sum(torch.cat([projected, tail], dim=1))
+        covered = torch.zeros_like(at).index_add_(1, entry, member[:, column] * weight)
+        untouched = probs.new_ones(probs.shape[1]).index_fill_(0, touched, 0.0)
+        tail = (at * (1.0 - covered).clamp_min(0.0)).sum(dim=-1) + probs @ untouched
+        both = shard.sum(torch.cat([projected, tail[:, None]], dim=1))
         student = torch.cat(
             [torch.where(present, both[:, :-1].gather(1, inverse), 0.0), both[:, -1:]], dim=1
         )
@@ -75,9 +70,9 @@ class CtkdLoss(ChunkTerm):
         )
         excess = torch.zeros_like(member)
         excess.scatter_add_(1, inverse, torch.where(present, support_slope - rest, 0.0))
-        slope = rest.expand_as(probs).clone()
-        slope.index_add_(1, student_row, excess[:, column] * weight)
-        return value.sum(), slope, mean_slope(student, support_slope, rest)
+        probs.mul_(rest - mean_slope(student, support_slope, rest)[:, None])
+        probs.index_add_(1, student_row, spelled.mul_(excess[:, column]))
+        return value.sum(), probs
 
     def _path(self, scaled: Tensor, rows: RowBlock, shard: VocabShard, gradient: Tensor) -> Tensor:
         """Divergence of R from Q over the slots, Q renormalised; adds to ``gradient``."""

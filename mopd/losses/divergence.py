@@ -166,8 +166,3 @@ def _generalized(kind: Kind, teacher: Tensor, student: Tensor) -> Pair:
         value, slope = _reverse(teacher, student)
         return (value + teacher - student).sum(dim=1), slope - 1.0
     raise ValueError(f"top_k_mode genkl is defined for forward_kl and reverse_kl, not {kind}")
-
-
-def softmax_backward(probabilities: Tensor, slope: Tensor, mean: Tensor) -> Tensor:
-    """d/d(logits) of a function with dD/dq_s = slope [n, V_local]; mean [n] = sum_s q_s slope_s."""
-    return probabilities * (slope - mean[:, None])

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mopd.losses.base import LossSums, ProjectionRows, RowBlock
 from mopd.losses.chunk import ChunkTerm, add_token_gradient
-from mopd.losses.divergence import Divergence, softmax_backward
+from mopd.losses.divergence import Divergence
 from mopd.losses.kl import support_divergence
+from mopd.losses.softmax import boundary_probs, spread, tempered
 from mopd.losses.vocab import VocabShard
 
 
@@ -34,24 +35,26 @@ class GoldLoss(ChunkTerm):
     def grad(
         self, logits: Tensor, rows: RowBlock, token_grad: Tensor | None, shard: VocabShard
     ) -> tuple[LossSums, Tensor]:
-        log_probs, _ = shard.log_softmax(logits / self.temperature)
-        probs = torch.exp(log_probs)[rows.boundary]
+        probs = boundary_probs(tempered(logits, self.temperature), rows, shard)
         teacher = torch.exp(rows.topk_logprobs) * (rows.topk_ids >= 0)
         partner = self.projection.common[rows.topk_ids.clamp_min(0)]
         partner = torch.where(rows.topk_ids >= 0, partner, -1)
         listed = torch.where(partner < 0, teacher, 0.0)  # unmatched teacher mass in the top-k
         tail = torch.exp(rows.log_tail)
-        matched, slope, mean = support_divergence(
+        matched, base, column, correction = support_divergence(
             probs, partner, teacher, listed.sum(dim=-1) + tail, self.divergence, shard=shard
         )
         entries = torch.cat([listed, tail[:, None]], dim=1)
-        unmatched, rank_slope = self._sorted_l1(probs, entries, shard)
+        unmatched, rank_column, rank_slope = self._sorted_l1(probs, entries, shard)
         w_matched, w_unmatched = self.weights
-        slope = w_matched * slope + w_unmatched * rank_slope
-        mean = w_matched * mean + w_unmatched * shard.sum((probs * rank_slope).sum(dim=-1))
-        gradient = torch.zeros_like(logits)
-        gradient[rows.boundary] = softmax_backward(probs, slope, mean)
-        gradient *= self.value_scale / self.temperature
+        ranked = probs.gather(1, rank_column) * rank_slope
+        mean = shard.sum(ranked.sum(dim=-1))
+        probs.mul_((w_matched * base - w_unmatched * mean)[:, None])
+        probs.scatter_add_(1, column, w_matched * correction)
+        probs.scatter_add_(1, rank_column, w_unmatched * ranked)
+        gradient = spread(probs, logits, rows)
+        if self.value_scale != self.temperature:
+            gradient *= self.value_scale / self.temperature
         loss = (w_matched * matched + w_unmatched * unmatched) * self.value_scale
         if token_grad is not None:
             add_token_gradient(gradient, logits, rows, token_grad, shard)
@@ -59,8 +62,8 @@ class GoldLoss(ChunkTerm):
 
     def _sorted_l1(
         self, probs: Tensor, entries: Tensor, shard: VocabShard
-    ) -> tuple[Tensor, Tensor]:
-        """Sum of |q_(r) - p_(r)| over ranks, and its slope in each student probability."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of |q_(r) - p_(r)| over ranks; this shard's columns [r, U] and the slopes there."""
         uncommon = torch.ones(shard.size, dtype=torch.bool, device=probs.device)
         column, mine = shard.local(self.projection.common.clamp_min(0))
         uncommon[column[mine & (self.projection.common >= 0)]] = False
@@ -77,9 +80,8 @@ class GoldLoss(ChunkTerm):
         local = order - shard.rank_offset(width)
         owned = (local >= 0) & (local < width)
         target = index.gather(1, local.clamp(0, width - 1))
-        slope = torch.zeros_like(probs)
-        slope.scatter_add_(1, target, torch.where(owned, sign, 0.0))
-        return difference.abs().sum(), torch.where(uncommon, slope, 0.0)
+        owned &= uncommon[target]
+        return difference.abs().sum(), target, torch.where(owned, sign, 0.0)
 
 
 def adaptive_weights(common: Tensor) -> tuple[float, float]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mopd.losses.base import LossSums, RowBlock, RowScalars
-from mopd.losses.divergence import Divergence, softmax_backward
+from mopd.losses.divergence import Divergence
+from mopd.losses.softmax import boundary_probs, mean_slope, spread, tempered
 from mopd.losses.vocab import VocabShard
 
 
@@ -32,20 +33,19 @@ class KlLoss:
     def grad(
         self, logits: Tensor, rows: RowBlock, token_grad: Tensor | None, shard: VocabShard
     ) -> tuple[LossSums, Tensor]:
-        log_probs, _ = shard.log_softmax(logits / self.temperature)
-        probs = torch.exp(log_probs)
-        at = probs[rows.boundary]
-        value, slope, mean = support_divergence(
-            at,
+        probs = boundary_probs(tempered(logits, self.temperature), rows, shard)
+        value, base, column, correction = support_divergence(
+            probs,
             rows.topk_ids,
             torch.exp(rows.topk_logprobs),
             torch.exp(rows.log_tail),
             self.divergence,
             shard=shard,
         )
-        gradient = torch.zeros_like(logits)
-        gradient[rows.boundary] = softmax_backward(at, slope, mean)
-        gradient *= self.value_scale / self.temperature
+        probs.mul_(base[:, None]).scatter_add_(1, column, correction)
+        gradient = spread(probs, logits, rows)
+        if self.value_scale != self.temperature:
+            gradient *= self.value_scale / self.temperature
         return LossSums(loss=value * self.value_scale, kl=value), gradient
 
 
@@ -57,33 +57,26 @@ def support_divergence(
     divergence: Divergence,
     *,
     shard: VocabShard,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Divergence on the support ``ids`` [r, K] (student ids, -1 absent) and what lies outside.
 
-    Returns the sum over rows, the slope in each student probability [r, V_local], and the slope's
-    mean under the student [r]. The student's mass outside is summed outside, so that rows near
-    one-hot lose nothing to cancellation.
+    Returns the sum over rows and the gradient in the logits in two parts: q times ``base`` [r]
+    everywhere, and ``correction`` [r, K] to add at the local ``column`` [r, K]. The student's mass
+    outside is summed outside, so that rows near one-hot lose nothing to cancellation.
     """
     present = ids >= 0
     column, mine = shard.local(ids)
     mine = mine & present
     local = torch.where(mine, probs.gather(1, column), 0.0)
-    inside = torch.zeros_like(probs).scatter_add_(1, column, mine.to(probs.dtype)).clamp_(max=1.0)
-    tail = (probs * (1.0 - inside)).sum(dim=-1, keepdim=True)
+    # absent entries point at some column too: they must take nothing away from it
+    outside = probs.clone().scatter_add_(1, column, -local).clamp_min_(0.0)
+    tail = outside.sum(dim=-1, keepdim=True)
     student = shard.sum(torch.cat([local, tail], dim=1))
-    value, support_slope, rest = divergence.support(
+    value, slope, rest = divergence.support(
         torch.where(present, teacher, 0.0),
         student[:, :-1],
         teacher_rest=teacher_tail[:, None],
         student_rest=student[:, -1:],
     )
-    slope = rest.expand_as(probs).clone()
-    slope.scatter_add_(1, column, torch.where(mine, support_slope - rest, 0.0))
-    mean = mean_slope(student, support_slope, rest)
-    return value.sum(), slope, mean
-
-
-def mean_slope(student: Tensor, support_slope: Tensor, rest: Tensor) -> Tensor:
-    """[r] the slope's mean under the student; bins it gives nothing count nothing."""
-    slopes = torch.cat([support_slope, rest], dim=1)
-    return torch.where(student > 0, student * slopes, 0.0).sum(dim=-1)
+    base = rest[:, 0] - mean_slope(student, slope, rest)
+    return value.sum(), base, column, local * torch.where(mine, slope - rest, 0.0)
