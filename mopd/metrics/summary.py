@@ -41,7 +41,7 @@ class DomainResult:
 class Summary:
     """``chunks``: per teacher, counts of chunks and of student tokens by chunk type.
 
-    ``seconds``: wall time of this session; ``learned`` None where nothing could be checked.
+    ``seconds``: wall time over all starts; ``learned`` None where nothing could be checked.
     """
 
     steps: int
