@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         run_session(config, world=fill.world_name)
-    except (ConfigError, DidNotLearnError) as error:  # the same on every rank
+    except (ConfigError, DidNotLearnError) as error:  # the main rank meets every one of them
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

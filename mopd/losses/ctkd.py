@@ -15,7 +15,7 @@ from torch import Tensor
 from mopd.losses.base import LossSums, ProjectionRows, RowBlock, zero
 from mopd.losses.chunk import ChunkTerm, add_token_gradient
 from mopd.losses.divergence import Divergence
-from mopd.losses.softmax import boundary_probs, mean_slope, spread, tempered
+from mopd.losses.softmax import boundary_probs, mean_slope, rescale, spread, tempered
 from mopd.losses.vocab import VocabShard
 
 
@@ -35,8 +35,7 @@ class CtkdLoss(ChunkTerm):
         kl, at_boundary = self._boundary(boundary_probs(scaled, rows, shard), rows, shard)
         gradient = spread(at_boundary, logits, rows)
         path = self._path(scaled, rows, shard, gradient)
-        if self.value_scale != self.temperature:
-            gradient *= self.value_scale / self.temperature
+        rescale(gradient, self.temperature, self.value_scale)
         sums = LossSums(loss=(kl + path) * self.value_scale, kl=kl)
         if token_grad is not None:
             add_token_gradient(gradient, logits, rows, token_grad, shard)

@@ -17,7 +17,7 @@ from mopd.losses.base import LossSums, ProjectionRows, RowBlock
 from mopd.losses.chunk import ChunkTerm, add_token_gradient
 from mopd.losses.divergence import Divergence
 from mopd.losses.kl import support_divergence
-from mopd.losses.softmax import boundary_probs, spread, tempered
+from mopd.losses.softmax import boundary_probs, rescale, spread, tempered
 from mopd.losses.vocab import VocabShard
 
 
@@ -53,8 +53,7 @@ class GoldLoss(ChunkTerm):
         probs.scatter_add_(1, column, w_matched * correction)
         probs.scatter_add_(1, rank_column, w_unmatched * ranked)
         gradient = spread(probs, logits, rows)
-        if self.value_scale != self.temperature:
-            gradient *= self.value_scale / self.temperature
+        rescale(gradient, self.temperature, self.value_scale)
         loss = (w_matched * matched + w_unmatched * unmatched) * self.value_scale
         if token_grad is not None:
             add_token_gradient(gradient, logits, rows, token_grad, shard)

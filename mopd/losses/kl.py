@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mopd.losses.base import LossSums, RowBlock, RowScalars
 from mopd.losses.divergence import Divergence
-from mopd.losses.softmax import boundary_probs, mean_slope, spread, tempered
+from mopd.losses.softmax import boundary_probs, mean_slope, rescale, spread, tempered
 from mopd.losses.vocab import VocabShard
 
 
@@ -44,8 +44,7 @@ class KlLoss:
         )
         probs.mul_(base[:, None]).scatter_add_(1, column, correction)
         gradient = spread(probs, logits, rows)
-        if self.value_scale != self.temperature:
-            gradient *= self.value_scale / self.temperature
+        rescale(gradient, self.temperature, self.value_scale)
         return LossSums(loss=value * self.value_scale, kl=value), gradient
 
 

@@ -32,6 +32,15 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
+def rescale(gradient: Tensor, temperature: float, value_scale: float) -> None:
+    """In place, from d/d(logits / T) to d/d(logits) of ``value_scale`` times the value.
+
+    A scale of T^2 keeps the gradient's size (1503.02531); one 1 / T is the chain rule's.
+    """
+    if value_scale != temperature:
+        gradient *= value_scale / temperature
+
+
 def mean_slope(student: Tensor, support_slope: Tensor, rest: Tensor) -> Tensor:
     """[r] the slope's mean under the student's bins; bins it gives nothing count nothing."""
     slopes = torch.cat([support_slope, rest], dim=1)

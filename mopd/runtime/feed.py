@@ -20,8 +20,6 @@ from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Alignment, Prompt, Rollout, StepBatch, TeacherRows, TeacherScores
 
-Sums = dict[str, float]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedOptions:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,15 +131,6 @@ class Vocabulary:
             )
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         return cls(spec, eos_id=int(tokenizer.eos_token_id))
-
-    @classmethod
-    def from_file(cls, path: Path, *, eos_token: str) -> Vocabulary:
-        """From a ``tokenizer.json``; imports no transformers."""
-        spec = json.loads(path.read_text())
-        eos_id = Tokenizer.from_str(json.dumps(spec)).token_to_id(eos_token)
-        if eos_id is None:
-            raise ConfigError(f"{path}: has no token {eos_token!r}; name its end-of-turn token")
-        return cls(spec, eos_id=eos_id)
 
     def _piece_bytes(self, piece: str) -> bytes:
         if self.kind == "byte_level":

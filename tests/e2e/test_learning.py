@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mopd.demo import World
-from tests.helpers.runs import ROOT, command, environment, summary
+from tests.helpers.runs import start, summary
 
 STEPS = 200
 CONTROLS = {
@@ -32,14 +32,14 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     results: dict[str, Any] = {}
     names = list(CONTROLS)
     for pair in (names[:2], names[2:]):
-        processes = {name: start(name, directory, world) for name in pair}
+        processes = {name: begin(name, directory, world) for name in pair}
         for name, process in processes.items():
             _, errors = process.communicate(timeout=600)
             results[name] = (process.returncode, errors, summary(directory / name))
     return results
 
 
-def start(name: str, directory: Path, world: World) -> subprocess.Popen[str]:
+def begin(name: str, directory: Path, world: World) -> subprocess.Popen[str]:
     overrides = [
         f"run.dir={directory}",
         f"run.name={name}",
@@ -48,14 +48,7 @@ def start(name: str, directory: Path, world: World) -> subprocess.Popen[str]:
         f"train.steps={STEPS}",
         *CONTROLS[name],
     ]
-    return subprocess.Popen(
-        command("mopd_ctkd", overrides),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return start("mopd_ctkd", overrides)
 
 
 def gain(found: dict[str, Any], teacher: dict[str, float]) -> dict[str, float]:

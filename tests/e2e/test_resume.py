@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from mopd.demo import World
-from tests.helpers.runs import ROOT, command, environment, launch, step_lines, summary, words
+from tests.helpers.runs import launch, start, step_lines, summary, words
 
 STEPS = 12
 
@@ -30,14 +29,7 @@ def kill_after(
     lines: int, recipe_words: list[str], run: Path, how: signal.Signals = signal.SIGKILL
 ) -> tuple[int, str]:
     """Starts the run and sends ``how`` once it has logged ``lines`` steps; exit code and stderr."""
-    process = subprocess.Popen(
-        command("mopd_ctkd", recipe_words),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("mopd_ctkd", recipe_words)
     deadline = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= lines):

@@ -63,6 +63,18 @@ def launch(recipe: str, overrides: list[str], *, timeout: float = 240.0) -> Any:
     )
 
 
+def start(recipe: str, overrides: list[str]) -> subprocess.Popen[str]:
+    """Starts ``launch/train.py``; stderr is kept, stdout is not."""
+    return subprocess.Popen(
+        command(recipe, overrides),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def train_here(recipe: str, overrides: list[str]) -> None:
     """The same inside a rank of `tests.helpers.dist`."""
     from mopd.config import load_config
