@@ -1,7 +1,7 @@
 """What one stage hands to the next: frozen, keyword-only, a shape on every array.
 
 Shape legend: P prompt tokens, S student response tokens, T teacher response tokens, K top-k,
-C spans (chunks), R boundary rows, N student tokens in chunks, Q path rows,
+C spans (chunks), R boundary rows, N student tokens in chunks, Q path rows, O native rows,
 B batch, L padded length, V_S and V_T vocabulary sizes, G trie groups, M group members,
 E path slots, F their entries.
 All arrays are numpy until a batch goes to a rank.
@@ -63,7 +63,7 @@ class TeacherScores:
     token_ids: np.ndarray  # [T] int32
     byte_ends: np.ndarray  # [T] int64
     logprobs: np.ndarray  # [T] float32, of the actual token
-    topk_ids: np.ndarray  # [T, K] int32
+    topk_ids: np.ndarray | None  # [T, K] int32; None: the whole vocabulary, K = V_T
     topk_logprobs: np.ndarray  # [T, K] float32, -inf where padded
     log_tail: np.ndarray  # [T] float32, log of the mass outside the top-k
     lse: np.ndarray | None  # [T, 2] float32: log-sum-exp of the logits at 1 and at the temperature
@@ -91,26 +91,49 @@ class Alignment:
 class TeacherRows:
     """One teacher's payload on the STUDENT prediction axis of one micro-batch.
 
-    ``position`` indexes the flattened [B * L] prediction axis (row i predicts token i + 1). Path
-    rows belong to a boundary position too; their slots are ragged, ``path_offsets`` cuts them.
+    ``position`` indexes the flattened [B * L] prediction axis (row i predicts token i + 1) and
+    ascends. Boundary rows list teacher tokens, native rows list the student's own; path rows belong
+    to a boundary position, their slots are ragged, ``path_offsets`` cuts them. Chunks are those of
+    the whole micro-batch, also where a context-parallel rank holds only some of their rows.
     """
 
     teacher: str
     position: np.ndarray  # [R] int64
-    topk_ids: np.ndarray  # [R, K] int32 in the teacher's vocabulary, -1 where padded
+    row_weight: np.ndarray  # [R] float32: what the row counts in the loss
+    topk_ids: np.ndarray | None  # [R, K] int32 teacher tokens, -1 where padded; [K]: the same for
+    # all rows; None: the whole vocabulary, and ``topk_logprobs`` may miss a constant per row
     topk_logprobs: np.ndarray  # [R, K] float32
     log_tail: np.ndarray  # [R] float32
-    chunk_logprob: np.ndarray  # [R] float32: teacher's log-probability of the whole chunk
-    chunk_size: np.ndarray  # [R, 2] int32: student and teacher tokens of the chunk
+    chunk_logprob: np.ndarray  # [C] float32: teacher's log-probability of the whole chunk
+    chunk_size: np.ndarray  # [C, 2] int32: student and teacher tokens of the chunk
+    chunk_weight: np.ndarray  # [C] float32
+    chunk_owned: np.ndarray  # [C] bool: this rank reports its value (its boundary row is here)
     token_position: np.ndarray  # [N] int64: every trained student token of the chunks
     token_id: np.ndarray  # [N] int64
-    token_chunk: np.ndarray  # [N] int64: index of its chunk among the R rows
+    token_chunk: np.ndarray  # [N] int64: index of its chunk
+    token_sampling_logprob: np.ndarray  # [N] float32: the sampler's, at its own temperature
     path_position: np.ndarray  # [Q] int64
     path_weight: np.ndarray  # [Q] float32
     path_offsets: np.ndarray  # [Q + 1] int64: slots of each path row
     path_target: np.ndarray  # [E] float32: R over the slots
     path_entry_slot: np.ndarray  # [F] int64, ascending: the slot of each entry
     path_entry: np.ndarray  # [F] int64: a group of the trie, or -1 - (one student token)
+    native_position: np.ndarray  # [O] int64, ascending
+    native_weight: np.ndarray  # [O] float32
+    native_ids: np.ndarray  # [O, K'] int32 student tokens, -1 where padded
+    native_logprobs: np.ndarray  # [O, K'] float32
+    native_log_tail: np.ndarray  # [O] float32
+
+
+def no_native_rows() -> dict[str, np.ndarray]:
+    """The native fields of `TeacherRows` without a row."""
+    return {
+        "native_position": np.zeros(0, dtype=np.int64),
+        "native_weight": np.zeros(0, dtype=np.float32),
+        "native_ids": np.zeros((0, 0), dtype=np.int32),
+        "native_logprobs": np.zeros((0, 0), dtype=np.float32),
+        "native_log_tail": np.zeros(0, dtype=np.float32),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +157,7 @@ class StepBatch:
     metrics: Mapping[str, tuple[float, float]]  # name -> (sum, count) of this replica
 
 
-NULL, EXACT, MULTI, SPECIAL = 0, 1, 2, 3  # kinds of a row
+NULL, EXACT, MULTI, SPECIAL, SIMILAR = 0, 1, 2, 3, 4  # kinds of a row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

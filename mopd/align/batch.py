@@ -60,35 +60,58 @@ def _moved(rows: TeacherRows, offset: int) -> TeacherRows:
         position=rows.position + offset,
         token_position=rows.token_position + offset,
         path_position=rows.path_position + offset,
+        native_position=rows.native_position + offset,
     )
 
 
 def concatenate_rows(parts: Sequence[TeacherRows]) -> TeacherRows:
-    """Rows of several samples of one teacher, one after the other; narrower top-k is padded."""
-    width = max(part.topk_ids.shape[1] for part in parts)
-    chunks_before = np.cumsum([0, *(len(part.position) for part in parts)])
-    targets_before = np.cumsum([0, *(len(part.path_target) for part in parts)])
+    """Rows of several samples of one teacher, one after the other; narrower lists are padded.
+
+    Raises:
+        ValueError: the parts list different shared columns.
+    """
+    chunks_before = _before([len(part.chunk_logprob) for part in parts])
+    targets_before = _before([len(part.path_target) for part in parts])
     columns: dict[str, np.ndarray] = {}
     for field in fields(TeacherRows):
-        if field.name in ("teacher", "path_offsets"):
+        if field.name in ("teacher", "path_offsets", "topk_ids"):
             continue
         arrays = [getattr(part, field.name) for part in parts]
-        if field.name == "topk_ids":
-            arrays = [_pad(a, width, -1) for a in arrays]
-        elif field.name == "topk_logprobs":
-            arrays = [_pad(a, width, -np.inf) for a in arrays]
+        if field.name in _PADDING:
+            arrays = _padded(arrays, _PADDING[field.name])
         elif field.name == "token_chunk":
-            arrays = [a + n for a, n in zip(arrays, chunks_before[:-1], strict=True)]
+            arrays = [a + n for a, n in zip(arrays, chunks_before, strict=True)]
         elif field.name == "path_entry_slot":
-            arrays = [a + n for a, n in zip(arrays, targets_before[:-1], strict=True)]
+            arrays = [a + n for a, n in zip(arrays, targets_before, strict=True)]
         columns[field.name] = np.concatenate(arrays)
-    offsets = [p.path_offsets[1:] + n for p, n in zip(parts, targets_before[:-1], strict=True)]
+    offsets = [p.path_offsets[1:] + n for p, n in zip(parts, targets_before, strict=True)]
     return TeacherRows(
         teacher=parts[0].teacher,
+        topk_ids=_listed([part.topk_ids for part in parts]),
         path_offsets=np.concatenate([np.zeros(1, dtype=np.int64), *offsets]),
         **columns,
     )
 
 
-def _pad(values: np.ndarray, width: int, fill: float) -> np.ndarray:
-    return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=fill)
+_PADDING = {"topk_logprobs": -np.inf, "native_ids": -1, "native_logprobs": -np.inf}
+
+
+def _listed(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    first = parts[0]
+    if first is not None and first.ndim == 2:
+        return np.concatenate(_padded([part for part in parts if part is not None], -1))
+    if any(not np.array_equal(part, first) for part in parts):  # pyright: ignore[reportArgumentType]
+        raise ValueError("samples of one micro-batch list different shared teacher columns")
+    return first
+
+
+def _before(counts: Sequence[int]) -> np.ndarray:
+    return np.cumsum([0, *counts])[:-1]
+
+
+def _padded(arrays: Sequence[np.ndarray], fill: float) -> list[np.ndarray]:
+    width = max(array.shape[1] for array in arrays)
+    return [
+        np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill)
+        for array in arrays
+    ]

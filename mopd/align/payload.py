@@ -8,7 +8,7 @@ import numpy as np
 
 from mopd.align.boundaries import chunk_sizes
 from mopd.align.paths import PathOptions, Tempered, path_targets
-from mopd.types import Alignment, TeacherRows, TeacherScores
+from mopd.types import Alignment, TeacherRows, TeacherScores, no_native_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +78,13 @@ def teacher_rows(
     student_ids: np.ndarray,
     trainable: np.ndarray,
     options: PayloadOptions,
+    sampling_logprobs: np.ndarray | None = None,
 ) -> TeacherRows:
     """One rollout's rows; positions count response tokens (0 predicts the first one).
 
     Args:
         student_ids: [S] the sampled response; trainable: [S] bool, its loss mask.
+        sampling_logprobs: [S] the sampler's; None where no loss asks for them.
     A chunk is dropped when its first student token is not trainable or a teacher row is missing.
     """
     a, b = alignment.student_starts, alignment.teacher_starts
@@ -91,6 +93,7 @@ def teacher_rows(
     sizes = chunk_sizes(alignment)[kept]
     tempered = temper(scores, options.temperature)
     row, position = b[:-1][kept], a[:-1][kept]
+    assert scores.topk_ids is not None
     ids, logprobs, log_tail = scores.topk_ids[row], tempered.topk[row], tempered.log_tail[row]
     if options.fold is not None:
         ids, logprobs, log_tail = fold_rows(ids, logprobs, log_tail, options.fold)
@@ -100,16 +103,27 @@ def teacher_rows(
     return TeacherRows(
         teacher=scores.teacher,
         position=position,
+        row_weight=np.ones(len(position), dtype=np.float32),
         topk_ids=ids,
         topk_logprobs=logprobs,
         log_tail=log_tail,
         chunk_logprob=_chunk_sums(scores.logprobs, b)[kept].astype(np.float32),
         chunk_size=sizes.astype(np.int32),
+        chunk_weight=np.ones(len(position), dtype=np.float32),
+        chunk_owned=np.ones(len(position), dtype=bool),
         token_position=token_position,
         token_id=student_ids[token_position].astype(np.int64),
         token_chunk=token_chunk,
+        token_sampling_logprob=_sampled(sampling_logprobs, token_position),
+        **no_native_rows(),
         **path_targets(scores, tempered, position=position, row=row, options=options.path),
     )
+
+
+def _sampled(logprobs: np.ndarray | None, position: np.ndarray) -> np.ndarray:
+    if logprobs is None:
+        return np.zeros(len(position), dtype=np.float32)
+    return logprobs[position].astype(np.float32)
 
 
 def _chunk_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:

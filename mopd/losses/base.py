@@ -1,4 +1,4 @@
-"""The seam of all losses: two pure functions over a block of rows, and what they exchange."""
+"""The seam of all losses: pure functions over a block of rows, and what they exchange."""
 
 from __future__ import annotations
 
@@ -35,55 +35,85 @@ class ProjectionRows(Protocol):
 class RowBlock:
     """One teacher's payload for a block of n logits rows, on the device; block-local indices."""
 
-    boundary: Tensor  # [r] int64 rows that carry a boundary
-    topk_ids: Tensor  # [r, K] int64, teacher vocabulary, -1 where padded
+    boundary: Tensor  # [r] int64, ascending: rows that carry a boundary
+    weight: Tensor  # [r] float
+    topk_ids: (
+        Tensor | None
+    )  # [r, K] int64 teacher tokens, -1 where padded; [K] or None: TeacherRows
     topk_logprobs: Tensor  # [r, K] float
     log_tail: Tensor  # [r] float
     token_row: Tensor  # [t] int64 rows that predict a token of a chunk
     token_id: Tensor  # [t] int64 global student ids
+    token_chunk: Tensor  # [t] int64
     path_weight: Tensor  # [q] float
     slot_path: Tensor  # [s] int64: path row of each slot (a group of tokens or one token)
     slot_target: Tensor  # [s] float: R
     entry_row: Tensor  # [e] int64: this rank's tokens of the slots: row, slot, local student id
     entry_slot: Tensor  # [e] int64
     entry_token: Tensor  # [e] int64
+    native: Tensor  # [o] int64 rows judged over the student's own vocabulary
+    native_weight: Tensor  # [o] float
+    native_ids: Tensor  # [o, K'] int64 student tokens, -1 where padded
+    native_logprobs: Tensor  # [o, K'] float
+    native_log_tail: Tensor  # [o] float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowScalars:
-    """First pass: what couples rows of different blocks and ranks."""
+class Chunks:
+    """What a coupled term needs to know of one micro-batch: its chunks and their tokens."""
 
-    token_logprob: Tensor  # [t] student's log-probability of each chunk token
+    token_chunk: Tensor  # [t] int64
+    token_sampling_logprob: Tensor  # [t] float
+    teacher_logprob: Tensor  # [C] float
+    size: Tensor  # [C, 2] int64: student and teacher tokens
+    weight: Tensor  # [C] float
+    owned: Tensor  # [C] bool: whose value this rank reports
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coupled:
+    """Result of the step that joins rows: its value, and d(value)/d(log p) of each token."""
+
+    loss: Tensor
+    token_grad: Tensor  # [t]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSums:
-    """Second pass: scalar sums over the block."""
+    """Scalar sums over a block. ``kl`` is the divergence at the boundaries alone."""
 
     loss: Tensor
-    kl: Tensor  # the divergence at the boundaries alone
+    kl: Tensor
 
 
 class Loss(Protocol):
-    """One teacher's loss. ``logits`` are [n, V_local] float at temperature 1, padding at -inf.
+    """One teacher's loss. ``logits`` are [n, V_local] float at temperature 1, without padding.
 
-    ``measure`` and ``couple`` run only when ``coupled``: first row scalars, then one step over the
-    chunks that gives the value of the coupled term and its slope. ``grad`` returns sums and
-    d(loss)/d(logits) [n, V_local]; ``token_grad`` [t] is d(loss)/d(log p) of the chunk tokens.
+    `measure` and `couple` run only when ``coupled``: `measure` gives the student's log-probability
+    of each chunk token, and `couple` sees those of the whole micro-batch next to ``chunk_logprob``
+    [C], their sums over each chunk (over context-parallel ranks too).
+
+    `grad` writes ``scale`` times d(loss)/d(logits) into ``out`` [n, V_local], which holds anything,
+    and returns unscaled sums.
     """
 
     @property
     def coupled(self) -> bool: ...
 
-    def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> RowScalars: ...
+    def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> Tensor: ...
 
-    def couple(
-        self, chunk_logprob: Tensor, teacher_logprob: Tensor, chunk_size: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+    def couple(self, token_logprob: Tensor, chunk_logprob: Tensor, chunks: Chunks) -> Coupled: ...
 
     def grad(
-        self, logits: Tensor, rows: RowBlock, token_grad: Tensor | None, shard: VocabShard
-    ) -> tuple[LossSums, Tensor]: ...
+        self,
+        logits: Tensor,
+        out: Tensor,
+        rows: RowBlock,
+        token_grad: Tensor | None,
+        shard: VocabShard,
+        *,
+        scale: float,
+    ) -> LossSums: ...
 
 
 def zero(reference: Tensor) -> Tensor:

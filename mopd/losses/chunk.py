@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mopd.losses.base import RowBlock, RowScalars
+from mopd.losses.base import Chunks, Coupled, RowBlock
 from mopd.losses.vocab import VocabShard
 
 
@@ -24,17 +24,20 @@ class ChunkTerm:
     def coupled(self) -> bool:
         return self.lambda_chunk > 0.0
 
-    def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> RowScalars:
-        log_probs, _ = shard.log_softmax(logits)
-        return RowScalars(token_logprob=shard.pick(log_probs, rows.token_row, rows.token_id))
+    def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> Tensor:
+        return token_logprobs(logits, rows, shard)
 
-    def couple(
-        self, chunk_logprob: Tensor, teacher_logprob: Tensor, chunk_size: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Value of the term and its slope per chunk [C]; 1-1 chunks have none."""
-        value, slope = binary_chunk_kl(chunk_logprob, teacher_logprob)
-        weight = self.lambda_chunk * (chunk_size.sum(dim=-1) > 2).to(value.dtype)
-        return (weight * value).sum(), weight * slope
+    def couple(self, token_logprob: Tensor, chunk_logprob: Tensor, chunks: Chunks) -> Coupled:
+        """1-1 chunks count nothing: the boundary term has judged them."""
+        value, slope = binary_chunk_kl(chunk_logprob, chunks.teacher_logprob)
+        weight = self.lambda_chunk * (chunks.size.sum(dim=-1) > 2).to(value.dtype) * chunks.weight
+        reported = torch.where(chunks.owned, weight * value, 0.0).sum()
+        return Coupled(loss=reported, token_grad=(weight * slope)[chunks.token_chunk])
+
+
+def token_logprobs(logits: Tensor, rows: RowBlock, shard: VocabShard) -> Tensor:
+    """[t] the student's log-probability of every chunk token of the block, at temperature 1."""
+    return shard.pick(logits, rows.token_row, rows.token_id) - shard.lse(logits)[rows.token_row]
 
 
 def binary_chunk_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,13 +60,11 @@ def binary_chunk_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_token_gradient(
-    gradient: Tensor, logits: Tensor, rows: RowBlock, token_grad: Tensor, shard: VocabShard
+    out: Tensor, logits: Tensor, rows: RowBlock, token_grad: Tensor, shard: VocabShard
 ) -> None:
     """Adds d/d(logits) of sum_t token_grad_t * log p(token_t) at temperature 1."""
-    log_probs, _ = shard.log_softmax(logits)
+    probs = shard.softmax(logits, out=torch.empty_like(logits))
     per_row = logits.new_zeros(len(logits)).index_add_(0, rows.token_row, token_grad)
-    gradient -= per_row[:, None] * torch.exp(log_probs)
+    out.addcmul_(probs, per_row[:, None], value=-1.0)
     column, mine = shard.local(rows.token_id)
-    gradient.index_put_(
-        (rows.token_row, column), torch.where(mine, token_grad, 0.0), accumulate=True
-    )
+    out.index_put_((rows.token_row, column), torch.where(mine, token_grad, 0.0), accumulate=True)

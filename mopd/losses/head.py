@@ -1,7 +1,7 @@
 """The driver of all losses: logits given, value and gradient out, block by block.
 
 Every loss of every teacher writes d(loss)/d(logits) in closed form while the block is warm; the
-autograd graph sees one node whose backward is a multiplication.
+autograd graph sees one node whose backward hands the finished gradient on.
 """
 
 from __future__ import annotations
@@ -9,22 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mopd.losses.base import Loss, LossOutput, LossSums, ProjectionRows, zero
+from mopd.losses.base import Chunks, Coupled, Loss, LossOutput, LossSums, ProjectionRows
 from mopd.losses.rows import blocks
+from mopd.losses.source import LogitsSource, Source
 from mopd.losses.vocab import VocabShard
 from mopd.types import MicroBatch, StepBatch, TeacherRows
 
-# A block and its few temporaries should stay in cache: 512 rows of a large vocabulary do not.
-BLOCK_ELEMENTS = 4_000_000
-MIN_ROWS, MAX_ROWS = 16, 512
+# On a CPU a block and its few temporaries should stay in cache; a GPU wants large blocks.
+BLOCK_ELEMENTS = {"cpu": 1_000_000}
+BLOCK_ELEMENTS_DEVICE = 64_000_000
+MIN_ROWS, MAX_ROWS = 16, 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherTerm:
-    """One teacher's part of the objective: ``weight * S / D`` with D its global boundary rows."""
+    """One teacher's part of the objective: ``weight * S / D`` with D its global denominator."""
 
     loss: Loss
     weight: float
@@ -32,17 +35,19 @@ class TeacherTerm:
 
 
 class _ClosedForm(torch.autograd.Function):
-    """A value with a gradient that is known already."""
+    """A value with a gradient that is known already. Its backward runs once."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+        ctx.gradient = gradient
         return value
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None
+        gradient, ctx.gradient = ctx.gradient, None
+        if upstream.device.type != "cpu" or float(upstream) != 1.0:  # no wait for the device
+            gradient.mul_(upstream)
+        return gradient, None, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +66,15 @@ class DistillationHead:
         """``total`` is T * sum_m weight_m S_m / D_m with T the step's global number of tokens,
         because the optimizer step divides gradients by T (docs/architecture.md, sum first)."""
         flat = logits.detach().reshape(-1, logits.shape[-1])
-        gradient = torch.zeros_like(flat)
-        value = zero(flat).to(torch.promote_types(flat.dtype, torch.float32))
+        source = LogitsSource(flat, self.shard)
+        value, metrics = self._run(source, micro, batch)
+        total = _ClosedForm.apply(logits, value, source.finish().view_as(logits))
+        return LossOutput(total=total, metrics=metrics)
+
+    def _run(
+        self, source: Source, micro: MicroBatch, batch: StepBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        value = torch.zeros((), dtype=source.dtype, device=source.device)
         metrics: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             payload = micro.rows.get(name)
@@ -70,65 +82,62 @@ class DistillationHead:
             sums = LossSums(loss=torch.zeros_like(value), kl=torch.zeros_like(value))
             if payload is not None and denominator > 0 and len(payload.position):
                 scale = term.weight * batch.num_tokens / denominator
-                sums = self._teacher(flat, payload, term, scale, gradient)
+                sums = self._teacher(source, payload, term, scale)
                 value = value + scale * sums.loss
             metrics[f"loss/{name}"], metrics[f"kl/{name}"] = sums.loss, sums.kl
-        total = _ClosedForm.apply(logits, value, gradient.view_as(logits))
-        return LossOutput(total=total, metrics=metrics)
+        return value, metrics
 
     @torch.no_grad()
     def _teacher(
-        self,
-        flat: Tensor,
-        payload: TeacherRows,
-        term: TeacherTerm,
-        scale: float,
-        gradient: Tensor,
+        self, source: Source, payload: TeacherRows, term: TeacherTerm, scale: float
     ) -> LossSums:
         """Adds ``scale`` times the gradient of one teacher's loss; returns its unscaled sums."""
         coupled = term.loss.coupled
-        dtype = torch.promote_types(flat.dtype, torch.float32)
+        shard = self.shard.without_padding()
+        like = torch.zeros((), dtype=source.dtype, device=source.device)
         cut = list(
             blocks(
                 payload,
                 projection=term.projection,
                 with_tokens=coupled,
-                block_size=self.block_size or self._block_rows(),
-                like=flat.new_zeros((), dtype=dtype),
+                block_size=self.block_size or self._block_rows(source.device),
+                like=like,
             )
         )
-        loss = kl = flat.new_zeros((), dtype=dtype)
-        token_grad = None
+        loss, kl, token_grad = like, like, None
         if coupled:
-            measured = [
-                term.loss.measure(self._block(flat, b.positions, dtype), b.rows, self.shard)
-                for b in cut
-            ]
-            chunk_value, token_grad = _couple(
-                term.loss, torch.cat([m.token_logprob for m in measured]), payload
-            )
-            loss = loss + chunk_value
+            measured = [term.loss.measure(source.read(b), b.rows, shard) for b in cut]
+            joined = _couple(term.loss, torch.cat(measured), payload)
+            loss, token_grad = loss + joined.loss, joined.token_grad
         for block in cut:
             slope = None if token_grad is None else token_grad[block.tokens]
-            logits = self._block(flat, block.positions, dtype)
-            sums, grad = term.loss.grad(logits, block.rows, slope, self.shard)
-            gradient[block.positions] += (scale * grad).to(gradient.dtype)
+            out = source.buffer(block)
+            sums = term.loss.grad(source.read(block), out, block.rows, slope, shard, scale=scale)
+            source.add(block, out)
             loss, kl = loss + sums.loss, kl + sums.kl
         return LossSums(loss=loss, kl=kl)
 
-    def _block_rows(self) -> int:
-        return max(MIN_ROWS, min(MAX_ROWS, BLOCK_ELEMENTS // self.shard.size))
-
-    def _block(self, flat: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.shard.mask_padding(flat[positions].to(dtype))
+    def _block_rows(self, device: torch.device) -> int:
+        elements = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_DEVICE)
+        return max(MIN_ROWS, min(MAX_ROWS, elements // max(self.shard.size, 1)))
 
 
-def _couple(loss: Loss, token_logprob: Tensor, payload: TeacherRows) -> tuple[Tensor, Tensor]:
+def _couple(loss: Loss, token_logprob: Tensor, payload: TeacherRows) -> Coupled:
     """Chunk sums on every rank alike, then the slope of each token's log-probability."""
-    device = token_logprob.device
-    chunk = torch.as_tensor(payload.token_chunk, device=device)
-    total = token_logprob.new_zeros(len(payload.position)).index_add_(0, chunk, token_logprob)
-    teacher = torch.as_tensor(payload.chunk_logprob, device=device).to(token_logprob.dtype)
-    size = torch.as_tensor(payload.chunk_size, device=device)
-    value, slope = loss.couple(total, teacher, size)
-    return value, slope[chunk]
+
+    def tensor(array: np.ndarray) -> Tensor:
+        if array.dtype.kind == "f":
+            return torch.as_tensor(array, device=token_logprob.device).to(token_logprob.dtype)
+        return torch.as_tensor(array, device=token_logprob.device)
+
+    chunks = Chunks(
+        token_chunk=tensor(payload.token_chunk),
+        token_sampling_logprob=tensor(payload.token_sampling_logprob),
+        teacher_logprob=tensor(payload.chunk_logprob),
+        size=tensor(payload.chunk_size),
+        weight=tensor(payload.chunk_weight),
+        owned=tensor(payload.chunk_owned),
+    )
+    total = torch.zeros_like(chunks.teacher_logprob)
+    total.index_add_(0, chunks.token_chunk, token_logprob)
+    return loss.couple(token_logprob, total, chunks)

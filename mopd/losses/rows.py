@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,9 +18,15 @@ from mopd.types import TeacherRows
 class Block:
     """Logits rows ``positions`` [n] of the flattened prediction axis, and what is known of them."""
 
-    positions: Tensor
+    positions: np.ndarray
     rows: RowBlock
     tokens: slice  # which of the payload's chunk tokens fall into this block
+
+    @property
+    def span(self) -> slice | None:
+        """The positions as a slice, where they follow each other."""
+        first, end = int(self.positions[0]), int(self.positions[-1]) + 1
+        return slice(first, end) if end - first == len(self.positions) else None
 
 
 class _Bounds:
@@ -43,17 +50,21 @@ def blocks(
 ) -> Iterator[Block]:
     """Blocks of at most ``block_size`` rows, in order of position.
 
-    Only rows that carry a boundary are visited, plus the rows inside chunks if ``with_tokens``.
+    Only boundary and native rows are visited, plus the rows inside chunks if ``with_tokens``.
     Tensors take the device of ``like``; probabilities its dtype.
     """
     token_positions = payload.token_position if with_tokens else payload.token_position[:0]
-    visited = np.union1d(payload.position, token_positions)
+    visited = payload.position
+    for others in (token_positions, payload.native_position):
+        if len(others):
+            visited = np.union1d(visited, others)
     bounds = {
         name: _Bounds(array)
         for name, array in (
             ("boundary", payload.position),
             ("token", token_positions),
             ("path", payload.path_position),
+            ("native", payload.native_position),
         )
     }
     for begin in range(0, len(visited), block_size):
@@ -61,11 +72,7 @@ def blocks(
         low, high = int(positions[0]), int(positions[-1]) + 1
         cuts = {name: bound.cut(low, high) for name, bound in bounds.items()}
         rows = _row_block(payload, positions, cuts, projection=projection, like=like)
-        yield Block(
-            positions=torch.as_tensor(positions, device=like.device),
-            rows=rows,
-            tokens=cuts["token"],
-        )
+        yield Block(positions=positions, rows=rows, tokens=cuts["token"])
 
 
 def _row_block(
@@ -79,17 +86,30 @@ def _row_block(
     def index(name: str, array: np.ndarray) -> Tensor:
         return _tensor(np.searchsorted(positions, array[cuts[name]]), like)
 
-    boundary, token = cuts["boundary"], cuts["token"]
+    boundary, token, native = cuts["boundary"], cuts["token"], cuts["native"]
     path = _path_arrays(payload, positions, cuts["path"], projection)
     return RowBlock(
         boundary=index("boundary", payload.position),
-        topk_ids=_tensor(payload.topk_ids[boundary].astype(np.int64), like),
+        weight=_tensor(payload.row_weight[boundary], like),
+        topk_ids=_listed_ids(payload.topk_ids, boundary, like),
         topk_logprobs=_tensor(payload.topk_logprobs[boundary], like),
         log_tail=_tensor(payload.log_tail[boundary], like),
         token_row=index("token", payload.token_position),
         token_id=_tensor(payload.token_id[token], like),
+        token_chunk=_tensor(payload.token_chunk[token], like),
+        native=index("native", payload.native_position),
+        native_weight=_tensor(payload.native_weight[native], like),
+        native_ids=_tensor(payload.native_ids[native], like),
+        native_logprobs=_tensor(payload.native_logprobs[native], like),
+        native_log_tail=_tensor(payload.native_log_tail[native], like),
         **{name: _tensor(array, like) for name, array in path.items()},
     )
+
+
+def _listed_ids(ids: np.ndarray | None, boundary: slice, like: Tensor) -> Tensor | None:
+    if ids is None:
+        return None
+    return _tensor(ids if ids.ndim == 1 else ids[boundary], like)
 
 
 def _path_arrays(
@@ -122,7 +142,11 @@ def _path_arrays(
 
 
 def _tensor(array: np.ndarray, like: Tensor) -> Tensor:
+    """On the device of ``like``; integers as int64, the rest in its dtype; not to be written to."""
     if array.dtype.kind in "iu":
-        tensor = torch.from_numpy(np.array(array, dtype=np.int64))
-        return tensor.to(like.device)
-    return torch.from_numpy(np.array(array)).to(like.device, like.dtype)
+        array = array.astype(np.int64, copy=False)
+    with warnings.catch_warnings():
+        # payloads may be views of read-only buffers, and nothing here writes
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.to(like.device, torch.int64 if array.dtype.kind in "iu" else like.dtype)

@@ -108,54 +108,46 @@ def through_head(
     return run
 
 
-def _full(shape: Shape, *, beta: float, formula: Callable[..., Tensor], name: str) -> Case:
+def _full(shape: Shape, *, beta: float, formula: Callable[..., Tensor]) -> Case:
     logits = problems.peaked_logits(shape.rows, shape.vocab, seed=0)
     teacher = problems.near(logits, seed=1)
-    ids = np.tile(np.arange(shape.vocab, dtype=np.int32), (shape.rows, 1))
     no_tail = np.full(shape.rows, -np.inf, dtype=np.float32)
 
     def rows() -> TeacherRows:
-        return problems.rows_of(ids, torch.log_softmax(teacher, -1).numpy(), no_tail)
+        return problems.rows_of(None, teacher.numpy(), no_tail)  # the loss takes its softmax
 
     return Case(
         ours=through_head(build_loss("kl", None, beta=beta), logits, rows, None),
-        baseline=plain(logits, lambda z: formula(z, teacher)),
+        baseline=plain(logits, lambda z: formulas.forward_kl(z, teacher)),
         reference=sliced(logits, lambda z, cut: formula(z, teacher[cut].double())),
+        same_formula=plain(logits, lambda z: formula(z, teacher)) if beta else None,
         tensor_bytes=logits.nbytes,
         work=f"{shape.rows} x {shape.vocab}, dense teacher, its softmax included",
-        baseline_name=name,
+        baseline_name="forward KL: log_softmax + kl_div under autograd",
     )
 
 
 def forward_kl_full(shape: Shape, cache: Path) -> Case:
-    return _full(
-        shape, beta=0.0, formula=formulas.forward_kl, name="log_softmax + kl_div under autograd"
-    )
+    return _full(shape, beta=0.0, formula=formulas.forward_kl)
 
 
 def jsd_full(shape: Shape, cache: Path) -> Case:
-    return _full(
-        shape,
-        beta=0.5,
-        formula=lambda z, t: formulas.jsd(z, t, 0.5),
-        name="TRL's generalized JSD under autograd",
-    )
+    return _full(shape, beta=0.5, formula=lambda z, t: formulas.jsd(z, t, 0.5))
 
 
-def _listed(
-    shape: Shape, loss: Any, formula: Callable[..., Tensor], *, what: str, name: str
-) -> Case:
+def _listed(shape: Shape, loss: Any, formula: Callable[..., Tensor], *, what: str) -> Case:
     logits = problems.peaked_logits(shape.rows, shape.vocab, seed=0)
     ids, *listed = problems.top_k(problems.near(logits, seed=1), shape.top)
     values, tail = listed
     fixed = problems.rows_of(ids.numpy().astype(np.int32), values.numpy(), tail.numpy())
     return Case(
         ours=through_head(loss, logits, lambda: fixed, None),
-        baseline=plain(logits, lambda z: formula(z, ids, *listed)),
+        baseline=plain(logits, lambda z: formulas.topk_tail(z, ids, *listed)),
         reference=sliced(logits, lambda z, c: formula(z, ids[c], *(x[c].double() for x in listed))),
+        same_formula=plain(logits, lambda z: formula(z, ids, *listed)),
         tensor_bytes=logits.nbytes,
         work=f"{shape.rows} x {shape.vocab}, top-{shape.top} {what}, forward KL",
-        baseline_name=name,
+        baseline_name="log_softmax + gather + tail under autograd",
     )
 
 
@@ -165,7 +157,6 @@ def topk_tail(shape: Shape, cache: Path) -> Case:
         build_loss("kl", None, beta=0.0),
         formulas.topk_tail,
         what="+ tail",
-        name="log_softmax + gather under autograd",
     )
 
 
@@ -176,7 +167,6 @@ def topk_renorm(shape: Shape, cache: Path) -> Case:
         build_loss("kl", None, divergence=divergence),
         formulas.topk_renorm,
         what="renormalised",
-        name="gather + log_softmax of the listed logits under autograd",
     )
 
 

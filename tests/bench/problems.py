@@ -15,7 +15,7 @@ from mopd.align.paths import PathOptions
 from mopd.align.payload import PayloadOptions, teacher_rows
 from mopd.projection import ProjectionOptions, ProjectionShard, ProjectionStore
 from mopd.tokens.vocabulary import Vocabulary
-from mopd.types import Alignment, Projection, TeacherRows, TeacherScores
+from mopd.types import Alignment, Projection, TeacherRows, TeacherScores, no_native_rows
 from tests.bench import vocabularies
 from tests.bench.formulas import Lists, Paths
 
@@ -38,21 +38,26 @@ def near(logits: Tensor, *, seed: int) -> Tensor:
     return logits + torch.randn(logits.shape, generator=generator)
 
 
-def rows_of(ids: np.ndarray, logprobs: np.ndarray, log_tail: np.ndarray) -> TeacherRows:
+def rows_of(ids: np.ndarray | None, logprobs: np.ndarray, log_tail: np.ndarray) -> TeacherRows:
     """A boundary on every row, without chunks and paths."""
-    count = len(ids)
+    count = len(logprobs)
     none = np.zeros(0, dtype=np.int64)
     return TeacherRows(
         teacher="t",
         position=np.arange(count),
+        row_weight=np.ones(count, dtype=np.float32),
         topk_ids=ids,
         topk_logprobs=logprobs,
         log_tail=log_tail,
         chunk_logprob=np.zeros(count, dtype=np.float32),
         chunk_size=np.ones((count, 2), dtype=np.int32),
+        chunk_weight=np.ones(count, dtype=np.float32),
+        chunk_owned=np.ones(count, dtype=bool),
         token_position=none,
         token_id=none,
         token_chunk=none,
+        token_sampling_logprob=np.zeros(0, dtype=np.float32),
+        **no_native_rows(),
         path_position=none,
         path_weight=np.zeros(0, dtype=np.float32),
         path_offsets=np.zeros(1, dtype=np.int64),

@@ -16,7 +16,14 @@ from mopd.losses.head import DistillationHead, TeacherTerm
 from mopd.losses.kl import KlLoss
 from mopd.losses.vocab import VocabShard
 from mopd.projection import ProjectionShard
-from mopd.types import FibreTrie, MicroBatch, Projection, StepBatch, TeacherRows
+from mopd.types import (
+    FibreTrie,
+    MicroBatch,
+    Projection,
+    StepBatch,
+    TeacherRows,
+    no_native_rows,
+)
 
 TAIL_FLOOR = 1e-30
 
@@ -87,14 +94,19 @@ def make_rows(
     return TeacherRows(
         teacher="t",
         position=np.array(position),
+        row_weight=np.ones(len(position)),
         topk_ids=topk_ids.astype(np.int32),
         topk_logprobs=logs,
         log_tail=tail,
         chunk_logprob=np.array(chunk_logprob or [0.0] * len(position)),
         chunk_size=np.array(chunk_size or [(1, 1)] * len(position), dtype=np.int32),
+        chunk_weight=np.ones(len(position)),
+        chunk_owned=np.ones(len(position), dtype=bool),
         token_position=np.array([p for p, _, _ in tokens], dtype=np.int64),
         token_id=np.array([t for _, t, _ in tokens], dtype=np.int64),
         token_chunk=np.array([c for _, _, c in tokens], dtype=np.int64),
+        token_sampling_logprob=np.zeros(len(tokens)),
+        **no_native_rows(),
         path_position=np.array([p for p, _, _, _ in paths], dtype=np.int64),
         path_weight=np.array([w for _, _, _, w in paths], dtype=np.float64),
         path_entry=np.array([x for slot in slots for x in slot], dtype=np.int64),
