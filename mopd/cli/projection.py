@@ -13,16 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from mopd.config.schema import CtkdSection
 from mopd.errors import ArtifactError, ConfigError
-from mopd.metrics.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mopd.projection import Projection, ProjectionOptions
-    from mopd.projection.audit import Audit, Coverage
+    from mopd.projection.audit import Audit, Coverage, Reach, TeacherClass
     from mopd.tokens.vocabulary import Vocabulary
-
-_SHOWN = 12  # entries of a list, then a count
 
 
 def run(words: Sequence[str]) -> int:
@@ -43,6 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     shape = argparse.ArgumentParser(add_help=False)
     shape.add_argument("--max-length", type=int, default=ctkd.max_length, metavar="N")
     shape.add_argument("--gamma", type=float, default=ctkd.gamma, metavar="G")
+    shape.add_argument("--map", choices=("pieces", "exact"), default="pieces")
+    shape.add_argument(
+        "--role", action="append", default=[], metavar="'<A>=<B>'", help="control tokens that pair"
+    )
+    shape.add_argument(
+        "--similarity", type=Path, metavar="FILE", help="embeddings of both sides' token strings"
+    )
 
     build = verbs.add_parser("build", parents=[pair, shape], help="build W and keep it in a file")
     build.add_argument("--out", type=Path, required=True, metavar="FILE")
@@ -61,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     convert = verbs.add_parser("convert", parents=[pair], help="import a NeMo-RL top-k .pt file")
     convert.add_argument("file", type=Path, metavar="FILE.pt")
     convert.add_argument("--out", type=Path, required=True, metavar="FILE")
+    convert.add_argument("--top", type=int, metavar="K", help="entries of a row that stay")
+    convert.add_argument(
+        "--reapply-exact",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="one-hot rows for tokens of equal bytes, whatever the file says",
+    )
     convert.set_defaults(run=_convert)
     return parser
 
@@ -69,26 +80,33 @@ def _build(options: argparse.Namespace) -> int:
     shape = _shape(options)
     student, teacher = _vocabularies(options)
     begin = time.perf_counter()
-    from mopd.projection import build_projection
-
-    projection = build_projection(student, teacher, shape)
+    projection = _built(student, teacher, shape)
     _save(options.out, projection, shape=shape, seconds=time.perf_counter() - begin)
     return 0
 
 
 def _convert(options: argparse.Namespace) -> int:
     _need_file(options.file)
+    if options.top is not None and options.top < 1:
+        raise ConfigError("--top must be at least 1")
     student, teacher = _vocabularies(options)
     begin = time.perf_counter()
+    from mopd.projection.describe import quoted
     from mopd.projection.nemo import NEMO_OPTIONS, import_topk, load_topk
 
     try:
-        found = import_topk(load_topk(options.file), student=student, teacher=teacher)
+        found = import_topk(
+            load_topk(options.file),
+            student=student,
+            teacher=teacher,
+            reapply_exact=options.reapply_exact,
+            top=options.top or NEMO_OPTIONS.max_length,
+        )
     except ArtifactError as error:
         # The file and both tokenizers were named on the command line.
         raise ConfigError(str(error)) from error
     if len(found.scaled_rows):
-        some = ", ".join(_quoted(student.token_bytes[i]) for i in found.scaled_rows[:3].tolist())
+        some = ", ".join(quoted(student.token_bytes[i]) for i in found.scaled_rows[:3].tolist())
         print(
             f"mopd: warning: {len(found.scaled_rows)} rows look like NeMo's scale trick: 1/6 of "
             f"the row sits on an arbitrary token ({some}); `mopd projection build` has none of it",
@@ -144,11 +162,13 @@ def _print_audit(found: Audit, console: Console) -> None:
 
     table = Table(title="Teacher tokens: the column that stands for them", title_justify="left")
     table.add_column("class")
-    for name in ("tokens", "own", "folded", "null"):
+    for name in ("tokens", "exact", "own", "folded", "null", "text", "folded", "null"):
         table.add_column(name, justify="right")
     for side in found.teacher:
-        if side.total:
-            table.add_row(side.name, str(side.total), *(f"{s:.1%}" for s in side.shares()))
+        if side.tokens.total:
+            table.add_row(*_reach_cells(side))
+    table.add_section()
+    table.add_row(*_reach_cells(found.reach()))
     console.print(table)
     console.print(f"recommendation: {found.recommendation}", highlight=False)
     console.print(f"because {found.reason}", highlight=False, markup=False)
@@ -159,58 +179,23 @@ def _show(options: argparse.Namespace) -> int:
     if options.file is not None:
         _need_file(options.file)
     student, teacher = _vocabularies(options)
-    from mopd.projection import build_projection
+    from mopd.projection.describe import token_lines
     from mopd.projection.store import load_projection
 
     token = _find_token(student, options)
     if options.file is None:
-        projection = build_projection(student, teacher, shape)
+        projection = _built(student, teacher, shape)
     else:
-        stored = _stored_shape(options.file)
-        projection = load_projection(options.file, student=student, teacher=teacher, options=stored)
-    for line in _token_lines(token, student=student, teacher=teacher, projection=projection):
+        _need_projection(options.file)
+        projection = load_projection(options.file, student=student, teacher=teacher, options=None)
+    for line in token_lines(token, student=student, teacher=teacher, projection=projection):
         print(line)
     return 0
 
 
-def _token_lines(
-    token: int, *, student: Vocabulary, teacher: Vocabulary, projection: Projection
-) -> list[str]:
-    import numpy as np
-
-    def named(vocabulary: Vocabulary, index: int) -> str:
-        if index == projection.teacher_size and vocabulary is teacher:
-            return "null"
-        text = "end of turn" if index == vocabulary.eos_id else None
-        return f"{text or _quoted(vocabulary.token_bytes[index])} ({index})"
-
-    data = student.token_bytes[token]
-    kinds = ("null", "exact", "several pieces", "special")
-    lines = [f"student token  {named(student, token)}: {kinds[projection.kind[token]]}"]
-    if data and not student.control[token]:
-        same = teacher.by_bytes.get(data)
-        pieces = teacher.encode(data) if same is None else [same]
-        names = [named(teacher, piece) for piece in pieces]
-        lines.append(f"teacher pieces {_listed(names) if names else 'none'}")
-        for piece in pieces:
-            column = int(projection.fold[piece])
-            if column != piece:
-                lines.append(f"fold           {named(teacher, piece)} -> {named(teacher, column)}")
-    begin, end = int(projection.crow[token]), int(projection.crow[token + 1])
-    row = sorted(range(begin, end), key=lambda entry: -projection.val[entry])
-    weights = [f"{named(teacher, int(projection.col[e]))} {projection.val[e]:.4f}" for e in row]
-    lines.append(f"row of W       {_listed(weights)}")
-    column = int(projection.col[row[0]])
-    rows = np.repeat(np.arange(projection.student_size), np.diff(projection.crow))
-    fibre = [int(i) for i in rows[projection.col == column] if i != token]
-    lines.append(
-        f"fibre          {len(fibre)} other student tokens in column {named(teacher, column)}"
-        + (f": {_listed([named(student, i) for i in fibre])}" if fibre else "")
-    )
-    return lines
-
-
 def _find_token(student: Vocabulary, options: argparse.Namespace) -> int:
+    from mopd.projection.describe import listed, quoted
+
     if options.id is not None:
         if not 0 <= options.id < student.size:
             raise ConfigError(f"--id {options.id}: the student has ids 0 to {student.size - 1}")
@@ -221,10 +206,10 @@ def _find_token(student: Vocabulary, options: argparse.Namespace) -> int:
             return found
         if data and data in student.token_bytes:  # a control token by its text
             return student.token_bytes.index(data)
-    names = [_quoted(student.token_bytes[i]) for i in student.encode(plain)]
+    names = [quoted(student.token_bytes[i]) for i in student.encode(plain)]
     raise ConfigError(
-        f"--token {_quoted(plain)} is not one token of the student"
-        + (f", which writes {_listed(names)}" if names else "")
+        f"--token {quoted(plain)} is not one token of the student"
+        + (f", which writes {listed(names)}" if names else "")
     )
 
 
@@ -236,17 +221,7 @@ def _unescaped(text: str) -> bytes | None:
         return None
 
 
-def _quoted(data: bytes) -> str:
-    text = data.replace(b"\\", b"\\\\").decode(errors="backslashreplace")
-    return f'"{printable(text)}"'
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", ... {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _cells(coverage: Coverage) -> list[str]:
+def _cells(coverage: Coverage | Reach) -> list[str]:
     return [str(coverage.total), *(f"{share:.1%}" for share in coverage.shares())]
 
 
@@ -256,25 +231,41 @@ def _text_cells(coverage: Coverage | None) -> list[str]:
     return [str(coverage.total), f"{coverage.shares()[0]:.1%}"]
 
 
+def _reach_cells(side: TeacherClass) -> list[str]:
+    count, *shares = _cells(side.tokens)
+    text = ["-", "-", "-"]
+    if side.text is not None and side.text.total:
+        text = [str(side.text.total), *(f"{share:.1%}" for share in side.text.shares()[1:])]
+    return [side.name, count, f"{side.exact_share:.1%}", *shares, *text]
+
+
 def _shape(options: argparse.Namespace) -> ProjectionOptions:
     if options.max_length < 1 or not options.gamma >= 0:
         raise ConfigError("--max-length must be at least 1, --gamma at least 0")
-    from mopd.projection import ProjectionOptions
+    pairs = [role.partition("=") for role in options.role]
+    if len({mine for mine, _, _ in pairs}) < len(pairs) or not all(b for _, _, b in pairs):
+        raise ConfigError("--role takes '<a>=<b>', and each student token once")
+    if options.similarity is not None:
+        _need_file(options.similarity)
+    from mopd.projection import ProjectionOptions, Similarity
 
-    return ProjectionOptions(max_length=options.max_length, gamma=options.gamma)
+    return ProjectionOptions(
+        max_length=options.max_length,
+        gamma=options.gamma,
+        map=options.map,
+        roles={mine: theirs for mine, _, theirs in pairs},
+        similarity=Similarity.of(options.similarity) if options.similarity is not None else None,
+    )
 
 
-def _stored_shape(path: Path) -> ProjectionOptions:
-    """The options that a projection file was built with."""
-    from safetensors import SafetensorError, safe_open
-
-    from mopd.projection import ProjectionOptions
+def _built(student: Vocabulary, teacher: Vocabulary, shape: ProjectionOptions) -> Projection:
+    from mopd.projection import build_projection
 
     try:
-        with safe_open(str(path), framework="np") as file:
-            return ProjectionOptions(**json.loads((file.metadata() or {})["options"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: not a projection that `mopd projection build` wrote") from error
+        return build_projection(student, teacher, shape)
+    except ArtifactError as error:
+        # The embeddings and both tokenizers were named on the command line.
+        raise ConfigError(str(error)) from error
 
 
 def _vocabularies(options: argparse.Namespace) -> tuple[Vocabulary, Vocabulary]:
@@ -327,3 +318,16 @@ def _write_text(path: Path, text: str) -> None:
 def _need_file(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
+
+
+def _need_projection(path: Path) -> None:
+    """Named on the command line, so a file of another kind is the user's mistake."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            kind = (file.metadata() or {}).get("format", "")
+    except (OSError, SafetensorError):
+        kind = ""
+    if not kind.startswith("mopd-projection"):
+        raise ConfigError(f"{path}: not a projection that `mopd projection build` wrote")

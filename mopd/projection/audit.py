@@ -14,11 +14,12 @@ import numpy as np
 
 from mopd.errors import ConfigError
 from mopd.tokens.vocabulary import Vocabulary
-from mopd.types import EXACT, MULTI, NULL, SPECIAL, Projection
+from mopd.types import EXACT, MULTI, NULL, SIMILAR, SPECIAL, Projection
 
 DIGITS = ("digits 1", "digits 2", "digits 3+")
 CLASSES = (*DIGITS, "punctuation", "whitespace", "CJK", "latin", "code", "other", "special")
-# Classes that a model cannot do without: a hybrid loss would not teach what is outside of them.
+# Classes that a model cannot do without: a hybrid loss would not teach those of its tokens that
+# are not one to one.
 CRITICAL = {
     "digits": DIGITS,
     "punctuation": ("punctuation",),
@@ -38,7 +39,9 @@ _LATIN = re.compile("['\u2019]?[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+(['\u2019][A-Z
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """Student tokens by the kind of their row; the end of turn counts as exact."""
+    """Student tokens by the kind of their row: the end of turn and roles count as exact, tokens
+    that go to similar ones as multi.
+    """
 
     exact: int
     multi: int
@@ -67,10 +70,9 @@ class StudentClass:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherClass:
-    """One character class of the teacher's tokens: own column, another's column, or none."""
+class Reach:
+    """Teacher tokens by their column: their own, another's, or none (unreachable)."""
 
-    name: str
     kept: int
     folded: int
     null: int
@@ -83,6 +85,20 @@ class TeacherClass:
         """Kept, folded and null as parts of 1; zeros where there is nothing."""
         total = max(self.total, 1)
         return self.kept / total, self.folded / total, self.null / total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherClass:
+    """One character class of the teacher's tokens."""
+
+    name: str
+    tokens: Reach  # every token once
+    text: Reach | None  # every token as often as the sample has it, as the teacher writes it
+    exact: int  # tokens of the same bytes as one student token's
+
+    @property
+    def exact_share(self) -> float:
+        return self.exact / max(self.tokens.total, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,36 +119,40 @@ class Audit:
         parts = [row.text for row in self.student if row.text is not None]
         return _sum(parts) if parts else None
 
+    def reach(self) -> TeacherClass:
+        """All teacher tokens, those of the sample included."""
+        texts = [row.text for row in self.teacher if row.text is not None]
+        return TeacherClass(
+            name="all",
+            tokens=_sum_reach([row.tokens for row in self.teacher]),
+            text=_sum_reach(texts) if texts else None,
+            exact=sum(row.exact for row in self.teacher),
+        )
+
 
 def audit(
     student: Vocabulary, teacher: Vocabulary, projection: Projection, *, texts: Sequence[str] = ()
 ) -> Audit:
     """Counts per class of both vocabularies, and the loss that they suggest.
 
-    ``texts`` are encoded by the student; they add how often each kind of row is really met.
+    ``texts`` are encoded by both; they add how often each kind of token is really met.
     """
-    kind = np.where(projection.kind == SPECIAL, EXACT, projection.kind)
-    fibre = np.zeros(student.size, dtype=np.int64)
-    fibre[np.unique(projection.trie.member_token)] = 1
-    ones = np.ones(student.size, dtype=np.int64)
-    used = _occurrences(student, texts) if texts else None
-    classes = token_classes(student)
-    rows = tuple(
-        StudentClass(
-            name=name,
-            tokens=_coverage(kind, ones * (classes == number)),
-            text=None if used is None else _coverage(kind, used * (classes == number)),
-            fibre=int(fibre[classes == number].sum()),
-        )
-        for number, name in enumerate(CLASSES)
-    )
-    recommendation, reason = _recommend(rows)
-    return Audit(
-        student=rows,
-        teacher=_teacher_classes(teacher, projection),
-        recommendation=recommendation,
-        reason=reason,
-    )
+    rows = _student_classes(student, projection, texts)
+    theirs = _teacher_classes(student, teacher, projection, texts)
+    recommendation, reason = _recommend(rows, theirs)
+    return Audit(student=rows, teacher=theirs, recommendation=recommendation, reason=reason)
+
+
+def recommend(
+    projection: Projection, student: Vocabulary, teacher: Vocabulary
+) -> Literal["pkl", "hkl"]:
+    """The loss that `audit` suggests: ``hkl`` where each critical class is `MIN_EXACT` one to one.
+
+    Both sides count. Student tokens that are not one to one would be pushed down whatever they
+    are; the mass of such teacher tokens would be sent to them instead of to their first pieces.
+    """
+    rows = _student_classes(student, projection, ())
+    return _recommend(rows, _teacher_classes(student, teacher, projection, ()))[0]
 
 
 def token_classes(vocabulary: Vocabulary) -> np.ndarray:
@@ -199,16 +219,64 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def _occurrences(student: Vocabulary, texts: Sequence[str]) -> np.ndarray:
-    """[V_S] int64: how often the student's encoding of ``texts`` has each token."""
-    encoded = student.encode_many([text.encode() for text in texts])
+def _student_classes(
+    student: Vocabulary, projection: Projection, texts: Sequence[str]
+) -> tuple[StudentClass, ...]:
+    kind = np.where(projection.kind == SPECIAL, EXACT, projection.kind)
+    kind = np.where(kind == SIMILAR, MULTI, kind)
+    fibre = np.zeros(student.size, dtype=np.int64)
+    fibre[np.unique(projection.trie.member_token)] = 1
+    ones = np.ones(student.size, dtype=np.int64)
+    used = _occurrences(student, texts) if texts else None
+    classes = token_classes(student)
+    return tuple(
+        StudentClass(
+            name=name,
+            tokens=_coverage(kind, ones * (classes == number)),
+            text=None if used is None else _coverage(kind, used * (classes == number)),
+            fibre=int(fibre[classes == number].sum()),
+        )
+        for number, name in enumerate(CLASSES)
+    )
+
+
+def _teacher_classes(
+    student: Vocabulary, teacher: Vocabulary, projection: Projection, texts: Sequence[str]
+) -> tuple[TeacherClass, ...]:
+    exact = (projection.common >= 0) | np.fromiter(
+        (data in student.by_bytes for data in teacher.token_bytes), bool, count=teacher.size
+    )
+    ones = np.ones(teacher.size, dtype=np.int64)
+    used = _occurrences(teacher, texts) if texts else None
+    classes = token_classes(teacher)
+    return tuple(
+        TeacherClass(
+            name=name,
+            tokens=_reach(projection, ones * (classes == number)),
+            text=None if used is None else _reach(projection, used * (classes == number)),
+            exact=int(exact[classes == number].sum()),
+        )
+        for number, name in enumerate(CLASSES)
+    )
+
+
+def _occurrences(vocabulary: Vocabulary, texts: Sequence[str]) -> np.ndarray:
+    """[V] int64: how often the tokenizer's encoding of ``texts`` has each token."""
+    encoded = vocabulary.encode_many([text.encode() for text in texts])
     ids = np.asarray([token for line in encoded for token in line], dtype=np.int64)
-    return np.bincount(ids, minlength=student.size)
+    return np.bincount(ids, minlength=vocabulary.size)
 
 
 def _coverage(kind: np.ndarray, weight: np.ndarray) -> Coverage:
     exact, multi, null = (int(weight[kind == k].sum()) for k in (EXACT, MULTI, NULL))
     return Coverage(exact=exact, multi=multi, null=null)
+
+
+def _reach(projection: Projection, weight: np.ndarray) -> Reach:
+    null = projection.fold == projection.teacher_size
+    folded = projection.folded & ~null
+    kept, moved, lost = (int(weight[which].sum()) for which in (~(null | folded), folded, null))
+    return Reach(kept=kept, folded=moved, null=lost)
 
 
 def _sum(parts: Sequence[Coverage]) -> Coverage:
@@ -219,27 +287,30 @@ def _sum(parts: Sequence[Coverage]) -> Coverage:
     )
 
 
-def _teacher_classes(teacher: Vocabulary, projection: Projection) -> tuple[TeacherClass, ...]:
-    null = projection.fold == projection.teacher_size
-    folded = projection.folded & ~null
-    classes = token_classes(teacher)
-    rows = []
-    for number, name in enumerate(CLASSES):
-        mine = classes == number
-        counts = [int((mine & which).sum()) for which in (~(null | folded), folded, null)]
-        rows.append(TeacherClass(name=name, kept=counts[0], folded=counts[1], null=counts[2]))
-    return tuple(rows)
+def _sum_reach(parts: Sequence[Reach]) -> Reach:
+    return Reach(
+        kept=sum(part.kept for part in parts),
+        folded=sum(part.folded for part in parts),
+        null=sum(part.null for part in parts),
+    )
 
 
-def _recommend(rows: Sequence[StudentClass]) -> tuple[Literal["pkl", "hkl"], str]:
+def _recommend(
+    student: Sequence[StudentClass], teacher: Sequence[TeacherClass]
+) -> tuple[Literal["pkl", "hkl"], str]:
     poor: list[str] = []
     for critical, names in CRITICAL.items():
-        tokens = _sum([row.tokens for row in rows if row.name in names])
+        tokens = _sum([row.tokens for row in student if row.name in names])
         share = tokens.shares()[0]
         if tokens.total and share < MIN_EXACT:
             poor.append(
-                f"{critical} ({share:.0%} of {tokens.total} tokens exact{_met(rows, names)})"
+                f"{critical} ({share:.0%} of {tokens.total} tokens exact{_met(student, names)})"
             )
+        theirs = [row for row in teacher if row.name in names]
+        total = sum(row.tokens.total for row in theirs)
+        share = sum(row.exact for row in theirs) / max(total, 1)
+        if total and share < MIN_EXACT:
+            poor.append(f"{critical} of the teacher ({share:.0%} of {total} tokens exact)")
     if poor:
         return "pkl", (
             f"{', '.join(poor)}: below {MIN_EXACT:.0%}; a loss on the common vocabulary would not "

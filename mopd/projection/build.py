@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mopd.errors import ConfigError
+from mopd.projection.options import ProjectionOptions
+from mopd.projection.similarity import similar_tokens
 from mopd.tokens.vocabulary import Vocabulary
-from mopd.types import EXACT, MULTI, NULL, SPECIAL, FibreTrie, Projection
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProjectionOptions:
-    """``max_length`` teacher pieces at most; piece j of a token weighs ``gamma ** j``."""
-
-    max_length: int
-    gamma: float
+from mopd.types import EXACT, MULTI, NULL, SIMILAR, SPECIAL, FibreTrie, Projection
 
 
 def build_projection(
@@ -24,40 +18,55 @@ def build_projection(
 ) -> Projection:
     """W, the fold of unreachable teacher tokens, and the trie of path terms.
 
-    A student token maps 1:1 onto the teacher token with the same bytes, else onto the pieces of
-    the teacher's own encoding of its bytes. The end of turn maps onto the end of turn; other
-    control tokens and bytes that the teacher cannot spell go to the null column.
+    A student token maps 1:1 onto the teacher token with the same bytes, else (``map="pieces"``)
+    onto the pieces of the teacher's own encoding of its bytes. The end of turn maps onto the end
+    of turn, a control token with a role onto its partner. What is left goes to the tokens with
+    similar embeddings if any are given, else to the null column.
+
+    Raises:
+        ConfigError: a role names what is not one token.
+        ArtifactError: embeddings that do not belong to the two vocabularies.
     """
-    pieces, kind = teacher_pieces(student, teacher)
-    fold = _fold(student, teacher, pieces=pieces)
-    crow, col, val = _rows(pieces, fold=fold, options=options)
+    pieces, kind = _pieces(student, teacher, options)
+    fold = _fold(student, teacher, pieces=pieces, kind=kind, options=options)
+    similar: dict[int, dict[int, float]] = {}
+    if options.similarity is not None:
+        similar = similar_tokens(student, teacher, np.flatnonzero(kind == NULL), options.similarity)
+        # what the student cannot write gets a column of its own where a similar token stands for it
+        targets = np.unique([t for row in similar.values() for t in row]).astype(np.int64)
+        lost = targets[fold[targets] == teacher.size]
+        fold[lost] = lost
+        kind[list(similar)] = SIMILAR
+    crow, col, val = _rows(pieces, fold=fold, similar=similar, options=options)
     return Projection(
         crow=crow,
         col=col,
         val=val,
         kind=kind,
         fold=fold,
-        common=_common(student, teacher),
+        common=_common(student, teacher, pieces=pieces, kind=kind),
         trie=_trie(student, teacher, pieces=pieces, fold=fold, max_length=options.max_length),
         student_fingerprint=student.fingerprint,
         teacher_fingerprint=teacher.fingerprint,
     )
 
 
-def teacher_pieces(
-    student: Vocabulary, teacher: Vocabulary
+def _pieces(
+    student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions
 ) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """Per student token: the teacher ids that spell it (empty: none), and the kind of its row."""
     kind = np.zeros(student.size, dtype=np.uint8)
     pieces: list[tuple[int, ...]] = [()] * student.size
-    pieces[student.eos_id], kind[student.eos_id] = (teacher.eos_id,), SPECIAL
+    special = {student.eos_id: teacher.eos_id} | _roles(student, teacher, options.roles)
+    for token, same in special.items():
+        pieces[token], kind[token] = (same,), SPECIAL
     open_rows: list[int] = []
     for token, data in enumerate(student.token_bytes):
-        if student.control[token] or not data:
+        if student.control[token] or not data or token in special:
             continue
         if (same := teacher.by_bytes.get(data)) is not None:
             pieces[token], kind[token] = (same,), EXACT
-        else:
+        elif options.map == "pieces":
             open_rows.append(token)
     encoded = teacher.encode_many([student.token_bytes[token] for token in open_rows])
     for token, ids in zip(open_rows, encoded, strict=True):
@@ -65,16 +74,45 @@ def teacher_pieces(
     return pieces, kind
 
 
+def _roles(student: Vocabulary, teacher: Vocabulary, roles: Mapping[str, str]) -> dict[int, int]:
+    """Student id -> teacher id of the roles."""
+    return {
+        _named(student, mine, f"the student of role {mine}={theirs}"): _named(
+            teacher, theirs, f"the teacher of role {mine}={theirs}"
+        )
+        for mine, theirs in roles.items()
+    }
+
+
+def _named(vocabulary: Vocabulary, text: str, whose: str) -> int:
+    """The token with this text: a control token, or one that some tokenizers do not mark so."""
+    data = text.encode()
+    for token in np.flatnonzero(vocabulary.control).tolist():
+        if data and vocabulary.token_bytes[token] == data:
+            return token
+    if (token := vocabulary.by_bytes.get(data)) is not None:
+        return token
+    raise ConfigError(
+        f"{whose} has no token {text!r}; name one of its control tokens (the end of turn needs "
+        "no role)"
+    )
+
+
 def _rows(
-    pieces: Sequence[tuple[int, ...]], *, fold: np.ndarray, options: ProjectionOptions
+    pieces: Sequence[tuple[int, ...]],
+    *,
+    fold: np.ndarray,
+    similar: Mapping[int, Mapping[int, float]],
+    options: ProjectionOptions,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """CSR of row-stochastic weights on folded columns; a repeated one collapses into one entry."""
     powers = [float(options.gamma) ** j for j in range(options.max_length)]
     null = len(fold)
     crow, col, val = [0], [], []
-    for ids in pieces:
+    for token, ids in enumerate(pieces):
+        given = similar[token].items() if token in similar else zip(ids, powers, strict=False)
         weights: dict[int, float] = {}
-        for piece, power in zip(ids, powers, strict=False):
+        for piece, power in given:
             if power > 0:
                 column = int(fold[piece])
                 weights[column] = weights.get(column, 0.0) + power
@@ -92,26 +130,34 @@ def _rows(
 
 
 def _fold(
-    student: Vocabulary, teacher: Vocabulary, *, pieces: Sequence[tuple[int, ...]]
+    student: Vocabulary,
+    teacher: Vocabulary,
+    *,
+    pieces: Sequence[tuple[int, ...]],
+    kind: np.ndarray,
+    options: ProjectionOptions,
 ) -> np.ndarray:
     """[V_T] int32: the column that stands for each teacher token.
 
     A teacher token without a student token of the same bytes is written by the student beginning
     with a shorter token, whose own first teacher piece is shorter still: following that ends at a
     column both have, or at null. Leaving such a token's column to the LONGER student tokens that
-    begin with it would teach the student to write those instead.
+    begin with it would teach the student to write those instead. The exact map follows nothing: a
+    teacher token of other bytes than every student token's goes to null.
     """
     null = teacher.size
     fold = np.full(null + 1, null, dtype=np.int32)
+    special = {pieces[token][0] for token in np.flatnonzero(kind == SPECIAL).tolist()}
+    fold[list(special)] = list(special)
     begins = {spelled[0] for spelled in pieces if spelled}
-    fold[teacher.eos_id] = teacher.eos_id
     open_columns = []
     for column, data in enumerate(teacher.token_bytes):
-        if teacher.control[column] or not data:
+        if teacher.control[column] or not data or column in special:
             continue
-        if data in student.by_bytes and teacher.by_bytes[data] == column:
-            fold[column] = column
-        else:
+        same = student.by_bytes.get(data)
+        if same is not None:
+            fold[column] = pieces[same][0]
+        elif options.map == "pieces":
             open_columns.append(column)
     encoded = student.encode_many([teacher.token_bytes[t] for t in open_columns])
     for column, ids in zip(open_columns, encoded, strict=True):
@@ -125,12 +171,20 @@ def _fold(
     return fold[:-1]
 
 
-def _common(student: Vocabulary, teacher: Vocabulary) -> np.ndarray:
-    """[V_T] int32: one-to-one partners by bytes; end of turn with end of turn."""
+def _common(
+    student: Vocabulary,
+    teacher: Vocabulary,
+    *,
+    pieces: Sequence[tuple[int, ...]],
+    kind: np.ndarray,
+) -> np.ndarray:
+    """[V_T] int32: one-to-one partners by bytes; end of turn with end of turn, roles by name."""
     common = np.full(teacher.size, -1, dtype=np.int32)
-    for data, token in student.by_bytes.items():
-        if (column := teacher.by_bytes.get(data)) is not None:
-            common[column] = token
+    for token in student.by_bytes.values():
+        if kind[token] == EXACT:
+            common[pieces[token][0]] = token
+    for token in np.flatnonzero(kind == SPECIAL)[::-1].tolist():  # the lowest id stays
+        common[pieces[token][0]] = token
     common[teacher.eos_id] = student.eos_id
     return common
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from mopd.errors import ArtifactError
-from mopd.projection.build import ProjectionOptions, build_projection
+from mopd.projection.build import build_projection
+from mopd.projection.options import ProjectionOptions
 from mopd.tokens.vocabulary import Vocabulary
 from mopd.types import EXACT, MULTI, NULL, SPECIAL, Projection
 
@@ -70,65 +71,76 @@ def load_topk(path: Path) -> TopK:
     return TopK(indices=indices.to(torch.int64).numpy(), likelihoods=weights)
 
 
-def import_topk(topk: TopK, *, student: Vocabulary, teacher: Vocabulary) -> NemoImport:
+def import_topk(
+    topk: TopK,
+    *,
+    student: Vocabulary,
+    teacher: Vocabulary,
+    reapply_exact: bool = True,
+    top: int = NEMO_OPTIONS.max_length,
+) -> NemoImport:
     """Our projection of this pair with the file's weights in place of the builder's.
 
-    Weights are put on folded columns and rows are normalised (bfloat16 rows sum to 1.0017); a row
-    without entries goes to null. The end of turn keeps our row: NeMo has none for it.
+    As in NeMo's own pipeline: with ``reapply_exact`` a token of equal bytes gets a one-hot row
+    whatever the file says, every row is sorted by weight and cut to its ``top`` largest (equal
+    ones in the file's order), and normalised (bfloat16 rows sum to 1.0017). Weights are put on
+    folded columns; a row without entries goes to null. The end of turn keeps our row: NeMo has
+    none for it.
 
     Raises:
         ArtifactError: the file has fewer rows than the student has tokens, entries in rows past
             the last token, or indices past the teacher's last token.
     """
+    _check_sizes(topk, student=student, teacher=teacher)
     size = student.size
+    built = build_projection(student, teacher, NEMO_OPTIONS)
+    own = built.kind == SPECIAL
+    if reapply_exact:
+        own |= built.kind == EXACT
+    weights = np.where(topk.indices >= 0, topk.likelihoods, 0.0)[:size]
+    weights[own] = 0.0
+    scaled = _scaled(weights)
+    row, place = np.nonzero(_largest(weights, top))
+    ours = np.flatnonzero(own)  # one entry each
+    empty = np.flatnonzero(~own & ~(weights > 0).any(axis=1))
+    crow, col, val = _csr(
+        np.concatenate([row, ours, empty]),
+        np.concatenate(
+            [
+                built.fold[topk.indices[row, place]].astype(np.int64),
+                built.col[built.crow[ours]].astype(np.int64),
+                np.full(len(empty), teacher.size),
+            ]
+        ),
+        np.concatenate([weights[row, place], np.ones(len(ours) + len(empty))]),
+        shape=(size, teacher.size + 1),
+    )
+    converted = dataclasses.replace(
+        built, crow=crow, col=col, val=val, kind=_kinds(built, crow=crow, col=col)
+    )
+    return NemoImport(projection=converted, scaled_rows=scaled)
+
+
+def _check_sizes(topk: TopK, *, student: Vocabulary, teacher: Vocabulary) -> None:
     filled = (topk.indices >= 0) & (topk.likelihoods > 0)
-    if len(filled) < size or filled[size:].any():
+    if len(filled) < student.size or filled[student.size :].any():
         raise ArtifactError(
-            f"the file has {len(filled)} rows, the student {size} tokens; name its own tokenizer"
+            f"the file has {len(filled)} rows, the student {student.size} tokens; name its own "
+            "tokenizer"
         )
     if (largest := int(topk.indices.max(initial=-1, where=filled))) >= teacher.size:
         raise ArtifactError(
             f"the file names teacher token {largest}, the teacher has {teacher.size} tokens; "
             "name its own tokenizer"
         )
-    built = build_projection(student, teacher, NEMO_OPTIONS)
-    filled = filled[:size].copy()
-    filled[student.eos_id] = False
-    row, place = np.nonzero(filled)
-    column = built.fold[topk.indices[row, place]].astype(np.int64)
-    weight = topk.likelihoods[row, place]
-    empty = np.flatnonzero(~filled.any(axis=1))
-    ends = np.where(empty == student.eos_id, teacher.eos_id, teacher.size)
-    crow, col, val = _csr(
-        np.concatenate([row, empty]),
-        np.concatenate([column, ends]),
-        np.concatenate([weight, np.ones(len(empty))]),
-        shape=(size, teacher.size + 1),
-    )
-    converted = dataclasses.replace(
-        built, crow=crow, col=col, val=val, kind=_kinds(built, crow=crow, col=col)
-    )
-    scaled = _scaled(topk.likelihoods[:size] * filled)
-    return NemoImport(projection=converted, scaled_rows=scaled)
 
 
-def common_map(projection: Projection, *, min_weight: float) -> np.ndarray:
-    """[V_T] int32: NeMo's one-to-one partners by weight, -1 where there is none.
-
-    Each student token asks for the column of its largest weight if that is at least
-    ``min_weight`` (NeMo: 1.0 strict, 0.6 relaxed). The largest weight wins a column, then the
-    lowest student id. Meant for gamma > 0, where weight 1 means an exact row.
-    """
-    rows = np.repeat(np.arange(projection.student_size), np.diff(projection.crow))
-    wanted = (projection.val >= min_weight) & (projection.col < projection.teacher_size)
-    first = np.lexsort((projection.col, -projection.val, rows))
-    top = first[np.unique(rows[first], return_index=True)[1]]
-    top = top[wanted[top]]
-    order = top[np.lexsort((rows[top], -projection.val[top], projection.col[top]))]
-    columns, winner = np.unique(projection.col[order], return_index=True)
-    partners = np.full(projection.teacher_size, -1, dtype=np.int32)
-    partners[columns] = rows[order[winner]]
-    return partners
+def _largest(weights: np.ndarray, top: int) -> np.ndarray:
+    """[V_S, k] bool: the ``top`` largest entries of each row that are not 0."""
+    order = np.argsort(-weights, axis=1, kind="stable")[:, :top]
+    kept = np.zeros(weights.shape, dtype=bool)
+    np.put_along_axis(kept, order, True, axis=1)
+    return kept & (weights > 0)
 
 
 def _is_dict(content: object) -> bool:

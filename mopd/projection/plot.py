@@ -23,7 +23,7 @@ class Bar:
 
 def plot_audit(audit: Audit) -> str:
     """The text of an SVG file: the student's classes, the teacher's, and the text's if any."""
-    kinds = ("exact", "several pieces", "null")
+    kinds, columns = ("exact", "several pieces", "null"), ("own", "folded", "null")
     panels = [
         _panel(
             "Student tokens: what their row is",
@@ -50,14 +50,26 @@ def plot_audit(audit: Audit) -> str:
     panels.append(
         _panel(
             "Teacher tokens: the column that stands for them",
-            ("own", "folded", "null"),
+            columns,
             [
-                Bar(label=row.name, shares=row.shares(), note=f"{row.total} tokens")
+                Bar(label=row.name, shares=row.tokens.shares(), note=f"{row.tokens.total} tokens")
                 for row in audit.teacher
-                if row.total
+                if row.tokens.total
             ],
         )
     )
+    reached = [(r.name, r.text) for r in audit.teacher if r.text is not None and r.text.total]
+    if reached:
+        panels.append(
+            _panel(
+                "Teacher tokens of the text, by frequency",
+                columns,
+                [
+                    Bar(label=name, shares=text.shares(), note=f"{text.total} in the text")
+                    for name, text in reached
+                ],
+            )
+        )
     return _document(panels)
 
 

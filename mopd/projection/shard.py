@@ -13,7 +13,9 @@ from mopd.types import Projection, ragged_arange
 class ProjectionShard:
     """The rows ``start:end`` of W as CSC, and the fibre members that this rank owns.
 
-    The host copy stays where it is; only this rank's entries are copied to ``device``.
+    The host copy stays where it is; only this rank's entries are copied to ``device``: one local
+    student row and one weight per nonzero of its rows, and two arrays of the teacher's length,
+    where its columns begin and the partners of equal bytes. The trie is read on the host.
     """
 
     def __init__(
@@ -44,9 +46,25 @@ class ProjectionShard:
 
     def without_common(self) -> ProjectionShard:
         """The same rows with no partners of equal bytes, for losses that ignore identity."""
+        return self.with_common(np.full(self.teacher_size, -1, dtype=np.int32))
+
+    def with_common(self, common: np.ndarray) -> ProjectionShard:
+        """The same rows with other partners [V_T] int32: a student token, or -1 for none."""
+        assert common.shape == (self.teacher_size,), common.shape
         twin = copy.copy(self)
-        twin.common = torch.full_like(self.common, -1)
+        twin.common = torch.as_tensor(common.astype(np.int64), device=self.device)
         return twin
+
+    @property
+    def num_entries(self) -> int:
+        """Nonzeros of W in this rank's rows, those of the null column included."""
+        return len(self.row)
+
+    @property
+    def device_bytes(self) -> int:
+        """What this shard holds on its device: 12 per entry, 8 per teacher token twice over."""
+        held = (self.row, self.val, self.column_ptr, self.common)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def fibre_entries(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Student tokens of path slots [E] (a trie group, or -1 - token) that this rank owns.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -14,13 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mopd.errors import ArtifactError
-from mopd.projection.build import ProjectionOptions, build_projection
+from mopd.projection.build import build_projection
+from mopd.projection.options import ProjectionOptions
 from mopd.tokens.vocabulary import Vocabulary
 from mopd.types import FibreTrie, Projection
 
-FORMAT = "mopd-projection-4"
+FORMAT = "mopd-projection-5"
 _MATRIX = ("crow", "col", "val", "kind", "fold", "common")
 _TRIE = tuple(f.name for f in dataclasses.fields(FibreTrie))
+_DTYPES = {"I64": np.int64, "I32": np.int32, "F32": np.float32, "U8": np.uint8, "BOOL": np.bool_}
 
 
 def save_projection(path: Path, projection: Projection, *, options: ProjectionOptions) -> None:
@@ -31,7 +34,7 @@ def save_projection(path: Path, projection: Projection, *, options: ProjectionOp
         "format": FORMAT,
         "student": projection.student_fingerprint,
         "teacher": projection.teacher_fingerprint,
-        "options": _options_text(options),
+        "options": options.text(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -41,30 +44,31 @@ def save_projection(path: Path, projection: Projection, *, options: ProjectionOp
 
 
 def load_projection(
-    path: Path, *, student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions
+    path: Path,
+    *,
+    student: Vocabulary,
+    teacher: Vocabulary,
+    options: ProjectionOptions | None,
 ) -> Projection:
-    """Reads a file and refuses it when it belongs to other tokenizers or other options.
+    """Maps a file and refuses it when it belongs to other tokenizers or other options.
+
+    The arrays are read-only views on the file: processes of one host share its pages. Nothing may
+    write into the file afterwards; `save_projection` replaces it and leaves mapped ones alone.
+    With ``options`` None a file is taken whatever it was built with.
 
     Raises:
         ArtifactError: no projection file, another format, a fingerprint or an option that differs.
     """
-    try:
-        with safe_open(str(path), framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: not a readable projection ({error}); delete it") from error
-    if metadata.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: format {metadata.get('format')}, wanted {FORMAT}; delete it")
+    metadata, arrays = _mapped(path)
     for side, vocabulary in (("student", student), ("teacher", teacher)):
         if metadata[side] != vocabulary.fingerprint:
             raise ArtifactError(
                 f"{path}: built for another {side} tokenizer; delete it or name the right one"
             )
-    if metadata["options"] != _options_text(options):
+    if options is not None and metadata["options"] != options.text():
         raise ArtifactError(
-            f"{path}: built with {metadata['options']}, the recipe says {_options_text(options)}; "
-            "delete it or change ctkd.max_length, ctkd.gamma"
+            f"{path}: built with {metadata['options']}, the recipe says {options.text()}; "
+            f"delete it or change {_differing(metadata['options'], options)}"
         )
     return Projection(
         **{name: arrays[name] for name in _MATRIX},
@@ -74,8 +78,44 @@ def load_projection(
     )
 
 
+def _mapped(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Metadata, and arrays that are views on one read-only mapping of the whole file."""
+    try:
+        with safe_open(str(path), framework="np"):  # checks the header, offsets and length
+            pass
+        with path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: not a readable projection ({error}); delete it") from error
+    begin = 8 + int.from_bytes(mapping[:8], "little")  # a length, so many bytes of JSON, the arrays
+    header = json.loads(mapping[8:begin])
+    metadata = header.pop("__metadata__", {})
+    if metadata.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: format {metadata.get('format')}, wanted {FORMAT}; delete it")
+    arrays = {
+        name: np.ndarray(
+            entry["shape"],
+            dtype=_DTYPES[entry["dtype"]],
+            buffer=mapping,
+            offset=begin + entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+    return metadata, arrays
+
+
+def _differing(stored: str, options: ProjectionOptions) -> str:
+    """The keys of the recipe to change: a file has other values there."""
+    theirs, ours = json.loads(stored), json.loads(options.text())
+    return ", ".join(f"ctkd.{name}" for name in ours if theirs.get(name) != ours[name])
+
+
 class ProjectionStore:
-    """Host-memory cache over a directory; entries are read-only and shared by all losses."""
+    """Cache over a directory: one read-only entry per pair and options, shared by all losses.
+
+    Entries are mapped from their files, so ranks of one host hold them once; a rank's device
+    gets a copy of its own rows only (`ProjectionShard`).
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -92,15 +132,11 @@ class ProjectionStore:
         """The projection of this pair: the file at ``path``, or the cache's, built if missing."""
         if path is not None:
             if path not in self._entries:
-                loaded = load_projection(
+                self._entries[path] = load_projection(
                     Path(path), student=student, teacher=teacher, options=options
                 )
-                self._entries[path] = _frozen(loaded)
             return self._entries[path]
-        text = json.dumps(
-            [FORMAT, student.fingerprint, teacher.fingerprint, dataclasses.asdict(options)],
-            sort_keys=True,
-        )
+        text = json.dumps([FORMAT, student.fingerprint, teacher.fingerprint, options.text()])
         key = hashlib.sha256(text.encode()).hexdigest()[:24]
         if key not in self._entries:
             self._entries[key] = self._load_or_build(key, student, teacher, options)
@@ -110,19 +146,6 @@ class ProjectionStore:
         self, key: str, student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions
     ) -> Projection:
         path = self._root / f"{key}.safetensors"
-        if path.exists():
-            return _frozen(load_projection(path, student=student, teacher=teacher, options=options))
-        projection = build_projection(student, teacher, options)
-        save_projection(path, projection, options=options)
-        return _frozen(projection)
-
-
-def _options_text(options: ProjectionOptions) -> str:
-    return json.dumps(dataclasses.asdict(options), sort_keys=True)
-
-
-def _frozen(projection: Projection) -> Projection:
-    for owner, names in ((projection, _MATRIX), (projection.trie, _TRIE)):
-        for name in names:
-            getattr(owner, name).flags.writeable = False
-    return projection
+        if not path.exists():
+            save_projection(path, build_projection(student, teacher, options), options=options)
+        return load_projection(path, student=student, teacher=teacher, options=options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -25,13 +26,21 @@ def _merges(tokens: list[str], known: set[str]) -> tuple[list[str], list[tuple[s
     return pieces, merges
 
 
-def byte_level(tokens: list[str], *, specials: tuple[str, ...] = ()) -> Vocabulary:
-    """The 256 bytes, ``tokens`` with what their merges pass through, and the end of turn."""
+def byte_level(
+    tokens: list[str], *, specials: tuple[str, ...] = (), shuffle: int | None = None
+) -> Vocabulary:
+    """The 256 bytes, ``tokens`` with what their merges pass through, and the end of turn.
+
+    ``shuffle`` is the seed of another order of the ids; the merges keep theirs.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     mapped = ["".join(piece for piece, _ in plain.pre_tokenize_str(token)) for token in tokens]
     pieces, merges = _merges(mapped, set(alphabet))
-    vocab = {piece: i for i, piece in enumerate([*alphabet, *pieces])}
+    names = [*alphabet, *pieces]
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(names)
+    vocab = {piece: i for i, piece in enumerate(names)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = plain
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,3 +79,8 @@ def spell(vocabulary: Vocabulary, ids: list[int]) -> list[str]:
 def ids_of(vocabulary: Vocabulary, *pieces: str) -> list[int]:
     """Ids of tokens by their text, whatever the encoder would do."""
     return [vocabulary.by_bytes[piece.encode()] for piece in pieces]
+
+
+def control_of(vocabulary: Vocabulary, text: str) -> int:
+    """Id of a control token by its text."""
+    return vocabulary.token_bytes.index(text.encode())

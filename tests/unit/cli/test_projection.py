@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from mopd.cli.main import main
 from mopd.demo import World
-from mopd.projection import ProjectionOptions, ProjectionStore
+from mopd.projection import ProjectionOptions, ProjectionStore, Similarity
 from mopd.projection.audit import CLASSES
 from mopd.tokens.chat import ChatTokenizer
+from mopd.types import EXACT, SIMILAR, SPECIAL
 
 
 @pytest.fixture
@@ -51,6 +54,37 @@ def test_build_writes_what_a_run_reads(
     assert len(loaded.col) == int(printed.split(" weights")[0].split()[-1])
 
 
+def test_build_takes_the_map_roles_and_embeddings(
+    pair: list[str], tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strings = tmp_path / "strings.safetensors"
+    draw = np.random.default_rng(0)
+    sides = {name: draw.normal(size=(600, 8)).astype(np.float32) for name in ("student", "teacher")}
+    save_file(sides, strings)
+    path = tmp_path / "w.safetensors"
+    role = "<|im_start|>=<|start_header_id|>"
+    words = ["--map", "exact", "--role", role, "--similarity", str(strings)]
+    assert main(["projection", "build", *pair, "--out", str(path), *words]) == 0
+    student, teacher = (
+        ChatTokenizer.load(folder).vocabulary
+        for folder in (tiny_world.student, tiny_world.teachers["sort"])
+    )
+    options = ProjectionOptions(
+        max_length=4,
+        gamma=0.0,
+        map="exact",
+        roles={"<|im_start|>": "<|start_header_id|>"},
+        similarity=Similarity.of(strings),
+    )
+    loaded = ProjectionStore(tmp_path).get(student, teacher, options, path=str(path))
+    assert {EXACT, SPECIAL, SIMILAR} <= set(loaded.kind.tolist())
+    capsys.readouterr()
+    assert main(["projection", "show", str(path), *pair, "--token", "13"]) == 0
+    assert ": similar strings\n" in capsys.readouterr().out
+    assert main(["projection", "show", *pair, "--role", role, "--token", "<|im_start|>"]) == 0
+    assert 'row of W       "<|start_header_id|>" (' in capsys.readouterr().out
+
+
 def test_audit_prints_tables(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["projection", "audit", *pair]) == 0
     printed = capsys.readouterr().out
@@ -67,7 +101,8 @@ def test_audit_of_a_text_as_json_and_as_a_picture(
     found = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in found["student"]] == list(CLASSES)
     assert found["recommendation"] == "pkl"
-    assert sum(sum(row["text"].values()) for row in found["student"]) > 100
+    for side in ("student", "teacher"):
+        assert sum(sum(row["text"].values()) for row in found[side]) > 100
     assert ElementTree.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
@@ -136,6 +171,10 @@ def test_convert_imports_and_warns_40(
     assert warning.count("\n") == 1
     assert main(["projection", "show", str(out), *pair, "--id", "300"]) == 0
     assert "(10) 0.750" in capsys.readouterr().out
+    assert main([*words, "--top", "2", "--no-reapply-exact"]) == 0
+    capsys.readouterr()
+    assert main(["projection", "show", str(out), *pair, "--id", "300"]) == 0
+    assert "(10) 0.8183, " in capsys.readouterr().out  # .7508 of .7508 + .1667
 
 
 @pytest.mark.parametrize(
@@ -144,6 +183,15 @@ def test_convert_imports_and_warns_40(
         (["build", "--out", "{tmp}"], "is a folder; name a file"),
         (["build", "--out", "{tmp}/w", "--max-length", "0"], "--max-length must be at least 1"),
         (["build", "--out", "{tmp}/w", "--gamma", "nan"], "--gamma at least 0"),
+        (["build", "--out", "{tmp}/w", "--role", "<a>"], "--role takes '<a>=<b>'"),
+        (["build", "--out", "{tmp}/w", *["--role", "a=b"] * 2], "each student token once"),
+        (["build", "--out", "{tmp}/w", "--role", "<a>=b"], "has no token '<a>'"),
+        (["build", "--out", "{tmp}/w", "--similarity", "{tmp}/none"], "none: no such file"),
+        (
+            ["build", "--out", "{tmp}/w", "--similarity", "{tmp}/junk"],
+            "not readable as safetensors",
+        ),
+        (["convert", "{tmp}/junk", "--out", "{tmp}/w", "--top", "0"], "--top must be at least 1"),
         (["audit", "--text", "{tmp}/none"], "none: no such file"),
         (["audit", "--plot", "{tmp}/no/a.svg"], "a.svg: cannot be written (No such file"),
         (["show", "--token", "zqz"], 'is not one token of the student, which writes "z", "q"'),

@@ -14,9 +14,11 @@ from mopd.projection.audit import (
     CLASSES,
     Audit,
     Coverage,
+    Reach,
     audit,
     character_class,
     read_texts,
+    recommend,
     token_classes,
 )
 from mopd.projection.plot import plot_audit
@@ -102,10 +104,12 @@ def test_counts_of_the_student() -> None:
 def test_counts_of_the_teacher() -> None:
     teacher = byte_level(["201", "the"], specials=("<|tool|>",))
     rows = {row.name: row for row in run_audit(byte_level(["the"]), teacher).teacher}
-    assert (rows["digits 2"].folded, rows["digits 3+"].folded) == (1, 1)
-    assert (rows["latin"].kept, rows["latin"].folded) == (54, 0)
-    assert (rows["special"].kept, rows["special"].null) == (1, 1)
-    assert sum(row.total for row in rows.values()) == teacher.size
+    assert (rows["digits 2"].tokens.folded, rows["digits 3+"].tokens.folded) == (1, 1)
+    assert rows["latin"].tokens == Reach(kept=54, folded=0, null=0)
+    assert rows["special"].tokens == Reach(kept=1, folded=0, null=1)
+    assert (rows["special"].exact, rows["digits 1"].exact, rows["digits 2"].exact) == (1, 10, 0)
+    assert sum(row.tokens.total for row in rows.values()) == teacher.size
+    assert all(row.text is None for row in rows.values())
 
 
 def test_text_weighs_tokens_by_their_number() -> None:
@@ -116,6 +120,45 @@ def test_text_weighs_tokens_by_their_number() -> None:
     assert rows["digits 2"].text == Coverage(exact=0, multi=1, null=0)
     assert rows["digits 1"].text == Coverage(exact=1, multi=0, null=0)
     assert found.overall_text() == Coverage(exact=5, multi=1, null=0)
+
+
+def test_text_as_the_teacher_writes_it_shows_what_is_folded_and_lost() -> None:
+    student = metaspace([], letters="abc ")
+    teacher = byte_level(["ab", "201"], specials=("<|tool|>",))
+    options = ProjectionOptions(max_length=4, gamma=0.0, map="exact")
+    projection = build_projection(student, teacher, options)
+    found = audit(student, teacher, projection, texts=("ab abc 201 2",))
+    rows = {row.name: row for row in found.teacher}
+    assert rows["latin"].text == Reach(kept=1, folded=0, null=2)  # c, and "ab" twice
+    assert rows["digits 3+"].text == Reach(kept=0, folded=0, null=1)
+    pieces = {row.name: row for row in run_audit(student, teacher, texts=("ab abc 201 2",)).teacher}
+    assert pieces["latin"].text == Reach(kept=1, folded=2, null=0)
+    assert found.reach().text == Reach(kept=5, folded=0, null=3)
+
+
+def test_recommend_is_what_the_audit_says() -> None:
+    # students of two-digit numbers against a teacher of digits, and the other way round
+    digits, numbers = byte_level(["the"]), byte_level([f"{n:02d}" for n in range(20)])
+    for student, teacher, wanted in (
+        (numbers, digits, "pkl"),
+        (digits, numbers, "pkl"),
+        (numbers, numbers, "hkl"),
+        (byte_level(["cat", "snake_case"]), digits, "hkl"),  # no critical class
+    ):
+        projection = build_projection(student, teacher, SHARP)
+        assert recommend(projection, student, teacher) == wanted
+        found = audit(student, teacher, projection)
+        assert found.recommendation == wanted
+        assert ("digits of the teacher (33% of 30" in found.reason) == (
+            teacher is numbers and student is digits
+        )
+
+
+def test_byte_tokens_that_spell_a_letter_again_count_as_exact() -> None:
+    student, teacher = byte_level([]), metaspace([])  # <0x31> and "1"
+    projection = build_projection(student, teacher, SHARP)
+    assert recommend(projection, student, teacher) == "hkl"
+    assert projection.folded.sum() > 30
 
 
 def test_one_poor_critical_class_wants_the_projection_loss() -> None:
@@ -173,7 +216,7 @@ def test_the_plot_is_xml_whose_bars_are_full() -> None:
     root = ElementTree.fromstring(picture)
     namespace = "{http://www.w3.org/2000/svg}"
     panels = root.findall(f"{namespace}g")
-    assert len(panels) == 3
+    assert len(panels) == 4
     assert len(ElementTree.fromstring(plot_audit(run_audit(student, teacher)))) == 3
     for panel in panels:
         bars: dict[str, float] = {}

@@ -6,7 +6,7 @@ import pytest
 from mopd.errors import ArtifactError
 from mopd.projection import ProjectionOptions, ProjectionStore, build_projection
 from mopd.projection.store import load_projection, save_projection
-from tests.helpers.vocabularies import byte_level, ids_of, metaspace
+from tests.helpers.vocabularies import byte_level, ids_of, metaspace, spell
 
 SHARP = ProjectionOptions(max_length=4, gamma=0.0)
 SMEARED = ProjectionOptions(max_length=4, gamma=0.1)
@@ -60,6 +60,17 @@ def test_every_teacher_token_folds_onto_what_the_student_writes_first():
     assert projection.fold[ab] == ab
     assert projection.fold[abc] == ab
     assert projection.fold[cd] == c
+
+
+def test_a_fold_is_followed_until_it_rests():
+    # abcd is written abc, d; the teacher spells abc as ab, c; the student writes ab as a, b
+    student, teacher = byte_level(["bc", "abc"]), byte_level(["ab", "cd", "abcd"])
+    projection = build_projection(student, teacher, SHARP)
+    a, ab, abcd = ids_of(teacher, "a", "ab", "abcd")
+    assert spell(student, student.encode(b"abcd")) == ["abc", "d"]
+    assert spell(teacher, teacher.encode(b"abc")) == ["ab", "c"]
+    assert projection.fold[[a, ab, abcd]].tolist() == [a, a, a]
+    assert row(projection, ids_of(student, "abc")[0]) == {a: 1.0}
 
 
 def test_a_column_is_not_left_to_the_longer_tokens_that_begin_with_it():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from mopd.errors import ArtifactError
 from mopd.projection import ProjectionStore, build_projection
-from mopd.projection.nemo import NEMO_OPTIONS, TopK, common_map, import_topk, load_topk
+from mopd.projection.nemo import NEMO_OPTIONS, TopK, import_topk, load_topk
 from mopd.projection.store import save_projection
 from mopd.types import EXACT, MULTI, NULL, SPECIAL, Projection
 from tests.helpers.vocabularies import byte_level, ids_of
@@ -95,7 +94,7 @@ def test_rows_are_folded_summed_normalised_and_never_empty() -> None:
     (letter, exact) = ids_of(student, "a", "b")
     topk.indices[letter] = [two, -1, -1, -1]  # exact for us, not for the file
     topk.indices[exact, 0], topk.likelihoods[exact, 0] = -1, 1.0
-    found = import_topk(topk, student=student, teacher=teacher).projection
+    found = import_topk(topk, student=student, teacher=teacher, reapply_exact=False).projection
     assert row(found, token) == pytest.approx({two: 0.5, one: 0.5})
     assert row(found, student.eos_id) == {teacher.eos_id: 1.0}
     assert row(found, exact) == {teacher.size: 1.0}
@@ -114,33 +113,36 @@ def test_a_converted_file_is_a_projection_like_any_other(tmp_path) -> None:
     assert (again.val == found.val).all()
 
 
-def test_partners_by_weight_43() -> None:
-    student, teacher = byte_level(["201", "aa", "ab"]), byte_level(["xy"])
+def test_exact_tokens_are_one_hot_again_whatever_the_file_says() -> None:
+    student, teacher = byte_level(["13"]), byte_level([])
+    (one, three, letter) = ids_of(student, "1", "3", "a")
     built = build_projection(student, teacher, NEMO_OPTIONS)
-    two, token, shorter, aa, ab = ids_of(student, "2", "201", "20", "aa", "ab")
-    column, shared = ids_of(teacher, "2", "xy")
-    col, val = built.col.copy(), built.val.copy()
-    for same in (ab, aa):  # two student tokens that ask for one teacher token
-        col[built.crow[same]], val[built.crow[same]] = shared, 1.0
-    given = dataclasses.replace(built, col=col, val=val)
-    strict, relaxed = common_map(given, min_weight=1.0), common_map(given, min_weight=0.6)
-    assert strict[shared] == relaxed[shared] == min(aa, ab)
-    assert strict[column] == two
-    assert relaxed[column] == two  # 201 -> 2 with 0.9 loses against 2 -> 2 with 1
-    assert token not in relaxed
-    # without an exact token the heaviest wins (20: 0.909, 201: 0.901), in the relaxed map only
-    val[built.crow[two]] = 0.5
-    given = dataclasses.replace(given, val=val)
-    assert common_map(given, min_weight=1.0)[column] == -1
-    assert common_map(given, min_weight=0.6)[column] == shorter
+    topk = dense(built)
+    topk.indices[letter], topk.likelihoods[letter] = [7, 8, -1, -1], [0.8333, 0.1667, 0, 0]
+    topk.indices[one] = -1
+    found = import_topk(topk, student=student, teacher=teacher)
+    for token in (one, three, letter):
+        assert row(found.projection, token) == row(built, token)
+        assert found.projection.kind[token] == EXACT
+    assert len(found.scaled_rows) == 0  # the noise is gone with the row
+    kept = import_topk(topk, student=student, teacher=teacher, reapply_exact=False)
+    assert row(kept.projection, letter) == pytest.approx({7: 0.8333, 8: 0.1667}, abs=1e-6)
+    assert kept.projection.kind[letter] == MULTI
+    assert row(kept.projection, one) == {teacher.size: 1.0}
+    assert kept.scaled_rows.tolist() == [letter]
 
 
-def test_null_has_no_partner() -> None:
-    student = byte_level([], specials=("<|t|>",))
-    built = build_projection(student, byte_level([]), NEMO_OPTIONS)
-    partners = common_map(built, min_weight=1.0)
-    assert len(partners) == built.teacher_size
-    assert student.token_bytes.index(b"<|t|>") not in partners
+def test_rows_are_sorted_cut_and_normalised() -> None:
+    student, teacher = byte_level(["13"]), byte_level([])
+    (token,) = ids_of(student, "13")
+    topk = dense(build_projection(student, teacher, NEMO_OPTIONS), k=8)
+    topk.indices[token] = [10, 11, 12, -1, 13, 14, 15, 16]
+    topk.likelihoods[token] = [0.1, 0.4, 0.1, 9.0, 0.0, 0.3, 0.1, 0.2]
+    found = import_topk(topk, student=student, teacher=teacher).projection
+    # the three entries of 0.1 compete for one place: the file's first one gets it
+    assert row(found, token) == pytest.approx({11: 0.4, 14: 0.3, 16: 0.2, 10: 0.1}, abs=1e-6)
+    found = import_topk(topk, student=student, teacher=teacher, top=2).projection
+    assert row(found, token) == pytest.approx({11: 4 / 7, 14: 3 / 7}, abs=1e-6)
 
 
 def test_load_reads_tensors_and_nothing_else(tmp_path) -> None:
