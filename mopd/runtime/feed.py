@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mopd.align.batch import Sample, make_micro_batches
-from mopd.align.boundaries import align_bytes, align_positions, chunk_counts
+from mopd.align.boundaries import align_positions, chunk_counts
 from mopd.align.payload import PayloadOptions, teacher_rows
+from mopd.align.tokens import TextAlignment, TokenText, align_tokens
 from mopd.errors import TeacherError
 from mopd.metrics.span import Spans
 from mopd.rollout.base import Sampler, is_canonical
@@ -18,7 +19,7 @@ from mopd.runtime.data import PromptSource
 from mopd.serving.journal import Journal
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
-from mopd.types import Alignment, Prompt, Rollout, StepBatch, TeacherRows, TeacherScores
+from mopd.types import Prompt, Rollout, StepBatch, TeacherRows, TeacherScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,32 +121,45 @@ class Feed:
         )
 
     def _align(self, rollout: Rollout, scores: TeacherScores, tally: _Tally) -> TeacherRows:
-        alignment = self._alignment(rollout, scores)
-        covered = int(alignment.student_starts[-1])
+        found = self._alignment(rollout, scores)
+        covered = found.covered
         tally.add(f"alignment/{scores.teacher}", covered, len(rollout.token_ids))
+        for method in ("offsets", "strings"):
+            tally.add(f"alignment_{method}/{scores.teacher}", float(found.method == method))
+        tally.add(f"alignment_mismatch/{scores.teacher}", float(found.mismatch is not None))
         counts = self.chunks[scores.teacher]
-        for kind, (chunks, tokens) in chunk_counts(alignment).items():
+        for kind, (chunks, tokens) in chunk_counts(found.alignment, kept=found.kept).items():
             counts[f"chunks {kind}"] += chunks
             counts[f"tokens {kind}"] += tokens
         counts["tokens unaligned"] += len(rollout.token_ids) - covered
         return teacher_rows(
             scores,
-            alignment,
+            found.alignment,
             student_ids=rollout.token_ids,
-            trainable=rollout.loss_mask,
+            trainable=found.trainable(rollout.loss_mask),
             options=self._payload[scores.teacher],
         )
 
-    def _alignment(self, rollout: Rollout, scores: TeacherScores) -> Alignment:
+    def _alignment(self, rollout: Rollout, scores: TeacherScores) -> TextAlignment:
         if self._options.alignment == "position":
-            return align_positions(len(rollout.token_ids), len(scores.token_ids))
+            by_index = align_positions(len(rollout.token_ids), len(scores.token_ids))
+            every = np.ones(by_index.num_chunks, dtype=bool)
+            return TextAlignment(alignment=by_index, kept=every, method="bytes")
         teacher = self._pool.teachers[scores.teacher].tokenizer
         student_stops = rollout.finish_reason == "stop"
         teacher_stops = len(scores.token_ids) > 0 and scores.token_ids[-1] == teacher.eos_id
-        return align_bytes(
-            rollout.byte_ends[:-1] if student_stops else rollout.byte_ends,
-            scores.byte_ends[:-1] if teacher_stops else scores.byte_ends,
-            both_end_turn=student_stops and teacher_stops,
+        read = slice(-1) if teacher_stops else slice(None)
+        return align_tokens(
+            TokenText(
+                ids=rollout.token_ids[:-1] if student_stops else rollout.token_ids,
+                vocabulary=self._student.vocabulary,
+            ),
+            TokenText(
+                ids=scores.token_ids[read],
+                vocabulary=teacher.vocabulary,
+                byte_ends=scores.byte_ends[read],
+            ),
+            both_end_turn=bool(student_stops and teacher_stops),
         )
 
     def _describe(self, rollout: Rollout, rows: Mapping[str, TeacherRows], tally: _Tally) -> None:

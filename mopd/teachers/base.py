@@ -19,7 +19,7 @@ class TeacherInput:
 
     prompt_ids: np.ndarray  # [P] int32
     token_ids: np.ndarray  # [T] int32; may be empty: the response cannot be spelled
-    byte_ends: np.ndarray  # [T] int64
+    byte_ends: np.ndarray  # [T] int64, in the bytes of the response
 
 
 class Teacher(Protocol):
@@ -53,10 +53,12 @@ def teacher_input(
     response, stopped = rollout.response, rollout.finish_reason == "stop"
     if not stopped and (cut := incomplete_utf8_tail(response)):
         response = response[:-cut]
-    ids = vocabulary.encode(response)
-    if response and not ids:
-        ids, stopped = [], False
-    token_ids = np.asarray([*ids, *([vocabulary.eos_id] if stopped else [])], dtype=np.int32)
+    reading = vocabulary.read(response)
+    stops = stopped and (bool(reading.ids) or not response)
+    end = reading.byte_ends[-1:] if len(reading.byte_ends) else np.zeros(1, dtype=np.int64)
+    ids = [*reading.ids, vocabulary.eos_id] if stops else reading.ids
     return TeacherInput(
-        prompt_ids=prompt_ids, token_ids=token_ids, byte_ends=vocabulary.byte_ends(token_ids)
+        prompt_ids=prompt_ids,
+        token_ids=np.asarray(ids, dtype=np.int32),
+        byte_ends=np.concatenate([reading.byte_ends, end]) if stops else reading.byte_ends,
     )

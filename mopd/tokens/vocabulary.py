@@ -4,119 +4,74 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from mopd.errors import ConfigError
+from mopd.tokens import pieces
+from mopd.tokens.reading import Method, Reading, offset_ends, string_ends
+from mopd.tokens.table import ByteTable
+from mopd.tokens.utf8 import canonical, characters, incomplete_utf8_tail, is_utf8, valid_spans
 
-METASPACE = "\u2581"
+__all__ = ["Vocabulary", "incomplete_utf8_tail"]
 
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-ins that byte-level BPE uses for the 256 bytes."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(b): b for b in plain}
-    shifted = (b for b in range(256) if b not in set(plain))
-    table.update({chr(256 + n): b for n, b in enumerate(shifted)})
-    return table
-
-
-_CHAR_TO_BYTE = _byte_alphabet()
-_BYTE_TO_CHAR = {b: c for c, b in _CHAR_TO_BYTE.items()}
-
-
-def _parts(node: Any) -> Iterator[dict[str, Any]]:
-    """Every component of a (possibly nested) pre-tokenizer, decoder or normalizer."""
-    if isinstance(node, dict):
-        yield node
-        for key in ("pretokenizers", "decoders", "normalizers"):
-            for child in node.get(key) or ():
-                yield from _parts(child)
-
-
-def _without_dummy_prefix(spec: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer as an encoder of a CONTINUATION: no prefix space, no template."""
-    spec = json.loads(json.dumps(spec))
-    for part in _parts(spec.get("pre_tokenizer")):
-        if part["type"] == "Metaspace":
-            part["prepend_scheme"] = "never"
-        elif part["type"] == "ByteLevel":
-            part["add_prefix_space"] = False
-    normalizer = spec.get("normalizer")
-    if normalizer and normalizer["type"] == "Prepend":
-        spec["normalizer"] = None
-    elif normalizer and normalizer["type"] == "Sequence":
-        kept = [n for n in normalizer["normalizers"] if n["type"] != "Prepend"]
-        spec["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
-    spec["post_processor"] = None
-    spec["truncation"] = spec["padding"] = None
-    return spec
-
-
-def _valid_spans(data: bytes) -> Iterator[tuple[bytes, bool]]:
-    """``data`` cut into the longest valid UTF-8 parts (True) and the invalid rest (False)."""
-    while data:
-        try:
-            data.decode()
-        except UnicodeDecodeError as error:
-            if error.start:
-                yield data[: error.start], True
-            yield data[error.start : error.end], False
-            data = data[error.end :]
-        else:
-            yield data, True
-            return
-
-
-def incomplete_utf8_tail(data: bytes) -> int:
-    """Number of bytes at the end that begin a UTF-8 character without finishing it (0 to 3)."""
-    for size in range(1, min(3, len(data)) + 1):
-        lead = data[-size]
-        if lead & 0xC0 == 0x80:
-            continue
-        needed = 2 if lead >> 5 == 0b110 else 3 if lead >> 4 == 0b1110 else 4
-        return size if lead >= 0xC2 and lead <= 0xF4 and needed > size else 0
-    return 0
+# Roles of tokens that frame a text and are no part of it.
+FRAMING_ROLES = ("bos", "pad")
 
 
 class Vocabulary:
     """One tokenizer seen as bytes.
 
     Only the end-of-turn token has length 0; any other control token that a model emits counts as
-    its literal text, so that teachers can judge it instead of never seeing it.
+    its literal text, so that teachers can read it instead of never seeing it.
+
+    A tokenizer that normalises or drops white space (``exact`` is False) has canonical bytes: what
+    its tokens say, which may differ from the text they were made of. Its tokens that begin a word
+    have no space before them. As a teacher it reads any text (`read`); as a student it writes the
+    canonical bytes of its tokens, words without spaces if it is a WordPiece.
 
     Args:
         spec: the tokenizer's own JSON (``tokenizer.json``).
         eos_id: the end-of-turn token.
+        roles: tokens by role; `FRAMING_ROLES` are never aligned, others have no meaning yet.
     Raises:
-        ConfigError: the tokenizer is neither byte-level nor SentencePiece-style with bytes.
+        ConfigError: the tokenizer's model cannot spell arbitrary text (WordLevel).
     """
 
-    def __init__(self, spec: dict[str, Any], *, eos_id: int) -> None:
+    def __init__(
+        self, spec: dict[str, Any], *, eos_id: int, roles: Mapping[str, int] | None = None
+    ) -> None:
         self.eos_id = eos_id
-        self.kind = _kind(spec)
-        self._encoder = Tokenizer.from_str(json.dumps(_without_dummy_prefix(spec)))
+        self.kind = pieces.kind_of(spec)
+        self.roles = dict(roles or {})
+        self._encoder = Tokenizer.from_str(json.dumps(pieces.as_continuation(spec)))
         self._encoder.encode_special_tokens = True
-        added = {token["id"]: token for token in spec.get("added_tokens") or ()}
         ids = self._encoder.get_vocab(with_added_tokens=True)
+        self.exact = pieces.is_exact(spec, ids)
         self.size = max(ids.values()) + 1
         self.control = np.zeros(self.size, dtype=bool)
-        pieces: list[bytes] = [b""] * self.size
+        self.token_bytes: tuple[bytes, ...] = self._token_bytes(spec, ids)
+        self._unknown = pieces.unknown_id(spec, ids)
+        for index in (eos_id, self._unknown):
+            if index is not None:
+                self.control[index] = True
+        self.fingerprint = _fingerprint(spec, eos_id)
+
+    def _token_bytes(self, spec: dict[str, Any], ids: Mapping[str, int]) -> tuple[bytes, ...]:
+        added = {token["id"]: token for token in spec.get("added_tokens") or ()}
+        found: list[bytes] = [b""] * self.size
         for piece, index in ids.items():
             if index in added:
                 self.control[index] = added[index]["special"]
-                pieces[index] = added[index]["content"].encode()
+                found[index] = added[index]["content"].encode()
             else:
-                pieces[index] = self._piece_bytes(piece)
-        pieces[eos_id] = b""
-        self.control[eos_id] = True
-        self.token_bytes: tuple[bytes, ...] = tuple(pieces)
-        self.lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=self.size)
-        self.fingerprint = _fingerprint(spec, eos_id)
+                found[index] = pieces.piece_bytes(piece, spec, self.kind)
+        found[self.eos_id] = b""
+        return tuple(found)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
@@ -130,16 +85,26 @@ class Vocabulary:
                 f"{tokenizer.name_or_path}: the tokenizer names no eos_token; set one"
             )
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        return cls(spec, eos_id=int(tokenizer.eos_token_id))
+        named = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id}
+        roles = {role: int(index) for role, index in named.items() if index is not None}
+        return cls(spec, eos_id=int(tokenizer.eos_token_id), roles=roles)
 
-    def _piece_bytes(self, piece: str) -> bytes:
-        if self.kind == "byte_level":
-            if all(c in _CHAR_TO_BYTE for c in piece):
-                return bytes(_CHAR_TO_BYTE[c] for c in piece)
-            return piece.encode()
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(METASPACE, " ").encode()
+    @cached_property
+    def table(self) -> ByteTable:
+        """The bytes of all tokens in one array."""
+        return ByteTable.of(self.token_bytes)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[V] int64: bytes of each token."""
+        return self.table.lengths[:-1]
+
+    @cached_property
+    def unaligned(self) -> np.ndarray:
+        """[V + 1] bool, rows of `table`: tokens that frame a text or have no bytes."""
+        found = self.table.lengths == 0
+        found[[self.roles[role] for role in FRAMING_ROLES if role in self.roles]] = True
+        return found
 
     @cached_property
     def by_bytes(self) -> dict[bytes, int]:
@@ -148,24 +113,30 @@ class Vocabulary:
         for index, piece in enumerate(self.token_bytes):
             if piece and not self.control[index]:
                 table.setdefault(piece, index)
-        pieces = [p for p in table if _is_utf8(p)]
-        for piece, ids in zip(pieces, self.encode_many(pieces), strict=True):
+        plain = [p for p in table if is_utf8(p)]
+        for piece, ids in zip(plain, self.encode_many(plain), strict=True):
             if len(ids) == 1:
                 table[piece] = ids[0]
         return table
 
     def encode_many(self, segments: Sequence[bytes]) -> list[list[int]]:
-        """Token ids of each segment as a continuation. Bytes that no token covers give ``[]``."""
-        plain = [i for i, segment in enumerate(segments) if _is_utf8(segment)]
+        """Token ids of each segment as a continuation.
+
+        A segment that the tokens do not spell byte by byte gives ``[]``.
+        """
+        plain = [i for i, segment in enumerate(segments) if is_utf8(segment)]
         encodings = self._encoder.encode_batch(
             [segments[i].decode() for i in plain], add_special_tokens=False
         )
         found: dict[int, list[int]] = {i: e.ids for i, e in zip(plain, encodings, strict=True)}
         result = [found[i] if i in found else self._encode_raw(s) for i, s in enumerate(segments)]
         return [
-            ids if self.decode(ids) == segment else []
+            ids if self._spells(ids, segment) else []
             for ids, segment in zip(result, segments, strict=True)
         ]
+
+    def _spells(self, ids: Sequence[int], segment: bytes) -> bool:
+        return self._unknown not in ids and self.decode(ids) == segment
 
     def encode(self, segment: bytes) -> list[int]:
         """Token ids of one segment; see `encode_many`."""
@@ -174,49 +145,95 @@ class Vocabulary:
     def _encode_raw(self, data: bytes) -> list[int]:
         """Bytes that are not UTF-8: the valid parts as text, the rest by merges over bytes."""
         ids: list[int] = []
-        for part, valid in _valid_spans(data):
-            if valid:
-                ids += self._encoder.encode(part.decode(), add_special_tokens=False).ids
-            elif self.kind == "byte_level":
-                mapped = "".join(_BYTE_TO_CHAR[b] for b in part)
-                ids += [token.id for token in self._encoder.model.tokenize(mapped)]
-            else:
-                found = [self._encoder.token_to_id(f"<0x{b:02X}>") for b in part]
-                byte_ids = [index for index in found if index is not None]
-                if len(byte_ids) != len(part):
-                    return []
-                ids += byte_ids
+        for part, valid in valid_spans(data):
+            found = self._encode_text(part).ids if valid else self._encode_invalid(part)
+            if not found and not valid:
+                return []
+            ids += found
         return ids
+
+    def _encode_text(self, data: bytes) -> Encoding:
+        return self._encoder.encode(data.decode(), add_special_tokens=False)
+
+    def _encode_invalid(self, data: bytes) -> list[int]:
+        """Byte tokens; ``[]`` when one is missing."""
+        if self.kind == "byte_level":
+            return [token.id for token in self._encoder.model.tokenize(pieces.to_alphabet(data))]
+        found = [self._encoder.token_to_id(f"<0x{b:02X}>") for b in data]
+        return [index for index in found if index is not None] if None not in found else []
+
+    def read(self, data: bytes) -> Reading:
+        """``data`` as this tokenizer reads it, and where its tokens end in ``data``.
+
+        No ids at all when there are bytes that it has no token for.
+        """
+        ids = self.encode(data)
+        if ids or not data:
+            return Reading(ids=ids, byte_ends=self.byte_ends(ids), method="bytes")
+        return self._read_by_offsets(data)
+
+    def _read_by_offsets(self, data: bytes) -> Reading:
+        ids: list[int] = []
+        ends: list[np.ndarray] = []
+        begin, method = 0, "offsets"
+        for part, valid in valid_spans(data):
+            if valid:
+                encoding = self._encode_text(part)
+                found = encoding.ids
+                spelled = self._pieces(found)
+                at = offset_ends(part.decode(), encoding.offsets, spelled)
+                if at is None:
+                    at, method = string_ends(part, spelled), "strings"
+            elif self.decode(found := self._encode_invalid(part)) == part:
+                at = self.byte_ends(found)
+            else:
+                return Reading(ids=[], byte_ends=np.zeros(0, dtype=np.int64), method="offsets")
+            ids += found
+            ends.append(begin + at)
+            begin += len(part)
+        return Reading(ids=ids, byte_ends=np.concatenate(ends), method=_method(method))
+
+    def locate(self, ids: Sequence[int], data: bytes) -> Reading | None:
+        """Where ``ids``, which may come from elsewhere, end in ``data``.
+
+        None when an exact tokenizer would have other ids for it: then they are of another text.
+        """
+        own = self.read(data)
+        if own.ids == list(ids):
+            return own
+        if self.exact:
+            return None
+        ends = string_ends(data, self._pieces(ids))
+        return Reading(ids=list(ids), byte_ends=ends, method="strings")
+
+    def says(self, ids: Sequence[int], data: bytes) -> bool:
+        """Whether the tokens are the canonical text of ``data``: equal but for normalisation."""
+        if self._unknown in ids:
+            return False
+        if (spelled := self.decode(ids)) == data:
+            return True
+        text, wanted = characters(data), canonical(characters(spelled))
+        if canonical(text) == wanted:
+            return True
+        normalizer = self._encoder.normalizer
+        if normalizer is None or not is_utf8(data):
+            return False
+        return canonical(normalizer.normalize_str(text).replace(pieces.METASPACE, " ")) == wanted
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The exact bytes; the end of turn has none."""
-        return b"".join(self.token_bytes[i] if i < self.size else b"" for i in ids)
+        return b"".join(self._pieces(ids))
+
+    def _pieces(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
+        return [self.token_bytes[i] if i < self.size else b"" for i in ids]
 
     def byte_ends(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """[S] int64: bytes consumed after each token."""
-        index = np.asarray(ids, dtype=np.int64)
-        return np.cumsum(np.where(index < self.size, self.lengths[index % self.size], 0))
+        """[S] int64: bytes of the tokens up to and with each."""
+        return self.table.ends(self.table.rows(ids))
 
 
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _kind(spec: dict[str, Any]) -> str:
-    parts = [*_parts(spec.get("pre_tokenizer")), *_parts(spec.get("decoder"))]
-    types = {part["type"] for part in parts}
-    if "ByteLevel" in types:
-        return "byte_level"
-    if "Metaspace" in types or "ByteFallback" in types or spec["model"].get("byte_fallback"):
-        return "sentencepiece"
-    raise ConfigError(
-        f"tokenizer of kind {spec['model']['type']} with {sorted(types)} is not supported; "
-        "use a byte-level BPE or a SentencePiece-style tokenizer with byte fallback"
-    )
+def _method(name: str) -> Method:
+    return "strings" if name == "strings" else "offsets"
 
 
 def _fingerprint(spec: dict[str, Any], eos_id: int) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mopd.align.boundaries import PayloadIndex, payload_index
+from mopd.align.tokens import TextAlignment, TokenText, align_tokens
 from mopd.projection import build_projection
 from mopd.tokens.vocabulary import Vocabulary
 from mopd.types import Alignment, Projection, TeacherRows
@@ -16,6 +18,7 @@ from tests.bench import measure, problems, vocabularies
 
 LENGTHS = {False: (1000, 2000, 4000, 8000), True: (100,)}  # by --quick
 SIZES = {False: (128256, 151936), True: (1200, 1500)}
+ROUNDS = {False: 10, True: 1}  # over all samples: one takes a few milliseconds
 
 
 def samples(of: problems.Pair, quick: bool) -> list[problems.Sequence]:
@@ -37,36 +40,60 @@ def samples(of: problems.Pair, quick: bool) -> list[problems.Sequence]:
     return found
 
 
+def indexed(of: problems.Pair, sample: problems.Sequence) -> tuple[TextAlignment, PayloadIndex]:
+    """Ids and byte tables in, bytes of both sides compared, index of the payload out."""
+    found = align_tokens(
+        TokenText(ids=sample.student_ids, vocabulary=of.student),
+        TokenText(
+            ids=sample.scores.token_ids,
+            vocabulary=of.teacher,
+            byte_ends=sample.scores.byte_ends,
+        ),
+        both_end_turn=False,
+    )
+    return found, payload_index(found.alignment, kept=found.kept)
+
+
 def alignment(quick: bool, cache: Path, repeats: int) -> dict[str, Any]:
     of = problems.pair(SIZES[quick], cache)
     options = problems.payload_options(of.projection)
     inputs = samples(of, quick)
 
-    def run() -> list[tuple[Alignment, TeacherRows]]:
+    def index() -> None:
+        for _ in range(ROUNDS[quick]):
+            for sample in inputs:
+                indexed(of, sample)
+
+    def payload() -> list[tuple[Alignment, TeacherRows]]:
         return [problems.aligned(sample, options) for sample in inputs]
 
-    seconds = measure.cpu_seconds({"ours": run}, repeats)["ours"]
+    seconds = measure.cpu_seconds({"index": index, "payload": payload}, repeats)
     tokens = sum(sample.tokens for sample in inputs)
-    wrong = max(_mismatch(s, a, r) for s, (a, r) in zip(inputs, run(), strict=True))
+    wrong = max(
+        max(_wrong_index(of, sample), _wrong_sums(sample, *built))
+        for sample, built in zip(inputs, payload(), strict=True)
+    )
     return {
         "ratio": None,
         "peak_tensors": None,
-        "cpu_seconds": seconds,
+        "cpu_seconds": seconds["index"] / ROUNDS[quick],
         "repeats": repeats,
         "work": (
-            f"align_bytes + teacher_rows (fold, path terms, top-{problems.TOP_K}), "
-            f"{len(inputs)} samples of {LENGTHS[quick][0]}-{LENGTHS[quick][-1]} student tokens, "
-            f"{tokens} tokens of both sides"
+            "align_tokens + payload_index: ids and byte tables in, bytes of both sides compared, "
+            f"chunk and row indices out; {len(inputs)} samples of "
+            f"{LENGTHS[quick][0]}-{LENGTHS[quick][-1]} student tokens (prose, code, CJK, emoji), "
+            f"{tokens} tokens of both sides; payload: align_bytes + teacher_rows (fold, path "
+            f"terms, top-{problems.TOP_K})"
         ),
         "baseline": None,
         "error": {"value": wrong},
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": tokens * ROUNDS[quick] / seconds["index"],
+        "payload_tokens_per_second": tokens / seconds["payload"],
     }
 
 
-def _mismatch(sample: problems.Sequence, found: Alignment, rows: TeacherRows) -> float:
-    """Against two pointers over the byte counts: boundaries exactly, chunk sums relatively."""
-    ours, theirs = sample.student_ends.tolist(), sample.scores.byte_ends.tolist()
+def two_pointers(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
+    """Starts of the chunks by one slow walk over both byte counts: the reference."""
     i = j = 0
     starts = [(0, 0)]
     while i < len(ours) and j < len(theirs):
@@ -74,6 +101,37 @@ def _mismatch(sample: problems.Sequence, found: Alignment, rows: TeacherRows) ->
         i, j = i + (a <= b), j + (b <= a)
         if a == b:
             starts.append((i, j))
+    return starts
+
+
+def _wrong_index(of: problems.Pair, sample: problems.Sequence) -> float:
+    """0.0 if every boundary is found, every chunk has equal bytes and every index is right."""
+    found, index = indexed(of, sample)
+    ours, theirs = sample.student_ids.tolist(), sample.scores.token_ids.tolist()
+    starts = two_pointers(sample.student_ends.tolist(), sample.scores.byte_ends.tolist())
+    chunks = list(pairwise(starts))
+    tokens = [
+        (position, n) for n, ((a, _), (c, _)) in enumerate(chunks) for position in range(a, c)
+    ]
+    right = (
+        found.method == "bytes"
+        and found.mismatch is None
+        and bool(found.kept.all())
+        and all(
+            of.student.decode(ours[a:c]) == of.teacher.decode(theirs[b:d])
+            for (a, b), (c, d) in chunks
+        )
+        and list(zip(index.position.tolist(), index.row.tolist(), strict=True)) == starts[:-1]
+        and index.size.tolist() == [[c - a, d - b] for (a, b), (c, d) in chunks]
+        and list(zip(index.token_position.tolist(), index.token_chunk.tolist(), strict=True))
+        == tokens
+    )
+    return 0.0 if right else 1.0
+
+
+def _wrong_sums(sample: problems.Sequence, found: Alignment, rows: TeacherRows) -> float:
+    """Boundaries against two pointers exactly, chunk sums relatively."""
+    starts = two_pointers(sample.student_ends.tolist(), sample.scores.byte_ends.tolist())
     pairs = zip(found.student_starts.tolist(), found.teacher_starts.tolist(), strict=True)
     if starts != list(pairs):
         return 1.0

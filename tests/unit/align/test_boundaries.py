@@ -3,7 +3,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mopd.align.boundaries import align_bytes, align_positions, chunk_counts, chunk_sizes
+from mopd.align.boundaries import (
+    align_bytes,
+    align_positions,
+    chunk_counts,
+    chunk_sizes,
+    payload_index,
+)
 
 
 def chunks(student_ends, teacher_ends, *, both_end_turn=False):
@@ -24,6 +30,8 @@ def chunks(student_ends, teacher_ends, *, both_end_turn=False):
         ([3, 4], [2, 4], [(2, 2)]),  # an emoji cut 3 + 1 and 2 + 2
         ([2, 4], [2, 4], [(1, 1)] * 2),
         ([], [], []),
+        ([0, 2], [0, 1, 2], [(2, 3)]),  # a token of length 0 ends nowhere,
+        ([1, 1, 2], [1, 2], [(1, 1), (2, 1)]),  # it belongs to what follows
     ],
 )
 def test_known_splits(student, teacher, expected):
@@ -61,6 +69,21 @@ def test_counts_by_type():
         "n-1": (1, 2),
         "n-m": (0, 0),
     }
+
+
+def test_payload_index():
+    alignment = align_bytes(np.array([1, 2, 4, 5]), np.array([2, 3, 4, 5]), both_end_turn=True)
+    found = payload_index(alignment)
+    assert found.position.tolist() == [0, 2, 3, 4]
+    assert found.row.tolist() == [0, 1, 3, 4]
+    assert found.size.tolist() == [[2, 1], [1, 2], [1, 1], [1, 1]]
+    assert found.token_position.tolist() == [0, 1, 2, 3, 4]
+    assert found.token_chunk.tolist() == [0, 0, 1, 2, 3]
+    kept = np.array([False, True, True, False])
+    some = payload_index(alignment, kept=kept)
+    assert some.position.tolist() == some.token_position.tolist() == [2, 3]
+    assert (some.row.tolist(), some.token_chunk.tolist()) == ([1, 3], [0, 1])
+    assert chunk_counts(alignment, kept=kept)["1-1"] == (1, 1)
 
 
 def test_positions_pair_by_index():

@@ -1,0 +1,129 @@
+"""What the feed counts of its alignments."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mopd.align.payload import PayloadOptions
+from mopd.metrics.span import Spans
+from mopd.runtime.feed import Feed, FeedOptions
+from mopd.teachers.uniform import UniformTeacher
+from mopd.types import Prompt, Rollout, StepBatch
+from tests.unit.tokens.trained import vocabulary
+
+TEXTS = ("the fox", "\u4f60\u597d", "\ufb01ne")
+TEACHERS = ("sentencepiece", "unigram", "wordpiece")
+
+
+def tokenizer(kind: str) -> SimpleNamespace:
+    found = vocabulary(kind)
+    return SimpleNamespace(
+        vocabulary=found,
+        eos_id=found.eos_id,
+        pad_id=found.roles["pad"],
+        prompt_ids=lambda messages: np.array([1], dtype=np.int32),
+    )
+
+
+STUDENT = tokenizer("byte_level")
+
+
+class Sampler:
+    def generate(self, prompts: list[Prompt], *, version: int) -> list[Rollout]:
+        return [self._rollout(prompt, version) for prompt in prompts]
+
+    def _rollout(self, prompt: Prompt, version: int) -> Rollout:
+        data = prompt.id.encode()
+        ids = np.asarray([*STUDENT.vocabulary.encode(data), STUDENT.eos_id], dtype=np.int32)
+        return Rollout(
+            prompt=prompt,
+            sample_index=0,
+            prompt_ids=np.array([1], dtype=np.int32),
+            token_ids=ids,
+            loss_mask=np.ones(len(ids), dtype=bool),
+            logprobs=np.zeros(len(ids), dtype=np.float32),
+            byte_ends=STUDENT.vocabulary.byte_ends(ids),
+            response=data,
+            policy_version=version,
+            finish_reason="stop",
+        )
+
+
+class Pool:
+    def __init__(self, change) -> None:
+        self.teachers = {
+            kind: UniformTeacher(kind, tokenizer=tokenizer(kind), student=STUDENT, top_k=4)
+            for kind in TEACHERS
+        }
+        self._change = change
+
+    def score(self, rollouts: list[Rollout]) -> list[dict]:
+        scores = {name: teacher.score(rollouts) for name, teacher in self.teachers.items()}
+        for name in scores:
+            for found in scores[name]:
+                self._change(found)
+        return [{name: scores[name][n] for name in scores} for n in range(len(rollouts))]
+
+
+def take(*texts: str, change=lambda scores: None) -> StepBatch:
+    prompts = [Prompt(id=text, messages=(), domain="d") for text in texts]
+    feed = Feed(
+        source=SimpleNamespace(take=lambda step: prompts),
+        sampler=Sampler(),
+        pool=Pool(change),
+        student=STUDENT,
+        payload={kind: PayloadOptions(temperature=1.0) for kind in TEACHERS},
+        journal=SimpleNamespace(append=lambda step, rollouts: None),
+        options=FeedOptions(
+            micro_batch_size=3,
+            alignment="bytes",
+            max_failed_share=1.0,
+            dp_rank=0,
+            dp_size=1,
+            sum_over_replicas=lambda counts: counts,
+        ),
+        spans=Spans(),
+    )
+    return feed.take(0)
+
+
+def test_fallbacks_are_counted_by_sample():
+    found = take(*TEXTS).metrics
+    for kind, offsets in (("sentencepiece", 0), ("unigram", 1), ("wordpiece", 1)):
+        # the ligature for one, the space for the other
+        assert found[f"alignment_offsets/{kind}"] == (offsets, 3)
+        assert found[f"alignment_strings/{kind}"] == (0, 3)
+        assert found[f"alignment_mismatch/{kind}"] == (0, 3)
+        covered, tokens = found[f"alignment/{kind}"]
+        assert covered == tokens
+
+
+def test_another_text_is_counted():
+    def other(scores) -> None:
+        scores.token_ids[: len(scores.token_ids) - 1] = scores.token_ids[0]
+
+    found = take(*TEXTS, change=other).metrics
+    count, samples = found["alignment_mismatch/sentencepiece"]
+    assert samples == 3 and count > 0
+    covered, tokens = found["alignment/sentencepiece"]
+    assert covered < tokens
+    strings, _ = found["alignment_strings/wordpiece"]
+    assert strings > 0 and found["alignment_mismatch/wordpiece"] == (0, 3)
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_every_sample_has_a_way(kind):
+    found = take(*TEXTS).metrics
+    shares = [found[f"alignment_{way}/{kind}"] for way in ("offsets", "strings", "mismatch")]
+    assert all(0 <= value <= count == len(TEXTS) for value, count in shares)
+
+
+def test_what_is_not_kept_is_not_trained():
+    batch = take("The \u0416 fox")
+    covered, tokens = batch.metrics["alignment/wordpiece"]
+    assert 0 < covered < tokens
+    rows = batch.micro_batches[0].rows["wordpiece"]
+    assert len(rows.token_position) == covered
+    whole = batch.micro_batches[0].rows["sentencepiece"]
+    assert len(whole.token_position) == tokens
