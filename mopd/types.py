@@ -152,9 +152,13 @@ class StepBatch:
 
     step: int
     micro_batches: tuple[MicroBatch, ...]
-    denominators: Mapping[str, float]  # per teacher: global number of boundary rows
+    denominators: Mapping[str, float]  # per teacher: global weight of its rows
     num_tokens: int  # global number of real tokens, prompts included
     metrics: Mapping[str, tuple[float, float]]  # name -> (sum, count) of this replica
+    weights: Mapping[str, float] = field(default_factory=dict)  # per teacher, over the recipe's
+    num_response_tokens: int = 0  # global number of trainable response tokens
+    distillation_weight: float = 1.0  # of the teachers' losses together
+    crossentropy_weight: float = 0.0  # of the cross entropy of the response tokens
 
 
 NULL, EXACT, MULTI, SPECIAL, SIMILAR = 0, 1, 2, 3, 4  # kinds of a row

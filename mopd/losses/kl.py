@@ -1,11 +1,13 @@
 """KL for a teacher with the student's own tokenizer: on listed tokens, or on the whole vocabulary.
 
-For on-policy training reverse KL is the usual choice.
+For on-policy training reverse KL is the usual choice. With a teacher's whole rows the support can
+also be the student's own likeliest tokens, or those of both (TRL's choice for reverse KL and JSD).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +21,17 @@ from mopd.losses.vocab import VocabShard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KlLoss:
-    """``value_scale`` is temperature^2, or 1."""
+    """``value_scale`` is temperature^2, or 1.
+
+    ``support`` "student" and "union" take ``support_top_k`` tokens of each side and need whole rows
+    of the teacher; "teacher" takes what the payload lists.
+    """
 
     divergence: Divergence
     temperature: float
     value_scale: float
+    support: Literal["teacher", "student", "union"] = "teacher"
+    support_top_k: int = 64
 
     @property
     def coupled(self) -> bool:
@@ -46,7 +54,9 @@ class KlLoss:
         scale: float,
     ) -> LossSums:
         factor = scale * self.value_scale / self.temperature
-        if rows.topk_ids is None:
+        if self.support != "teacher":
+            value = self._chosen(logits, out, rows, shard, factor=factor)
+        elif rows.topk_ids is None:
             value = add_dense(logits, out, rows, self, shard, factor=factor)
         elif self.divergence.top_k_mode == "renorm":
             value = _renormalised(logits, out, rows, self, shard, factor=factor)
@@ -58,14 +68,41 @@ class KlLoss:
         self, logits: Tensor, out: Tensor, rows: RowBlock, shard: VocabShard, *, factor: float
     ) -> Tensor:
         probs = tempered(logits, out, self.temperature, shard)
-        assert rows.topk_ids is not None
         slopes = support_slopes(
             rows_of(probs, rows.boundary),
-            rows.topk_ids,
+            _ids(rows),
             torch.exp(rows.topk_logprobs),
             torch.exp(rows.log_tail),
             self.divergence,
             shard=shard,
+        )
+        gradient = RowGradient(probs)
+        gradient.add(slopes, rows.boundary, rows.weight)
+        gradient.write(factor)
+        return (slopes.value * rows.weight).sum()
+
+    def _chosen(
+        self, logits: Tensor, out: Tensor, rows: RowBlock, shard: VocabShard, *, factor: float
+    ) -> Tensor:
+        """On the student's likeliest tokens, and the teacher's too for "union"."""
+        if rows.topk_ids is not None:
+            raise ValueError(f"support {self.support} needs the teacher's whole vocabulary")
+        probs = tempered(logits, out, self.temperature, shard)
+        student = rows_of(probs, rows.boundary)
+        theirs = rows.topk_logprobs[:, shard.start : shard.start + shard.size]
+        teacher = tempered(theirs, torch.empty_like(theirs), self.temperature, shard)
+        _, ids = shard.top_k(student, self.support_top_k)
+        if self.support == "union":
+            _, listed = shard.top_k(teacher, self.support_top_k)
+            repeated = (listed[:, :, None] == ids[:, None, :]).any(dim=-1)
+            ids = torch.cat([ids, torch.where(repeated, -1, listed)], dim=1)
+        column, mine = shard.local(ids)
+        mine = mine & (ids >= 0)
+        inside = torch.where(mine, teacher.gather(1, column), 0.0)
+        outside = teacher.scatter_add_(1, column, -inside).sum(dim=-1, keepdim=True)
+        both = shard.sum(torch.cat([inside, outside], dim=1))
+        slopes = support_slopes(
+            student, ids, both[:, :-1], both[:, -1], self.divergence, shard=shard
         )
         gradient = RowGradient(probs)
         gradient.add(slopes, rows.boundary, rows.weight)
@@ -108,12 +145,17 @@ def support_slopes(
     )
 
 
+def _ids(rows: RowBlock) -> Tensor:
+    """[r, K], also where all rows share one list."""
+    assert rows.topk_ids is not None
+    return rows.topk_ids.expand(rows.topk_logprobs.shape)
+
+
 def _renormalised(
     logits: Tensor, out: Tensor, rows: RowBlock, loss: KlLoss, shard: VocabShard, *, factor: float
 ) -> Tensor:
     """Both sides renormalised inside the support: the softmax over the vocabulary cancels."""
-    assert rows.topk_ids is not None
-    ids = rows.topk_ids if rows.topk_ids.dim() == 2 else rows.topk_ids.expand_as(rows.topk_logprobs)
+    ids = _ids(rows)
     present = ids >= 0
     column, mine = shard.local(ids)
     mine = mine & present

@@ -81,6 +81,21 @@ class VocabShard:
         self.max(peak)
         return peak + torch.log(self.sum(torch.exp(logits - peak[:, None]).sum(dim=-1)))
 
+    def top_k(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` largest of [n, size] over all shards: (values, global ids), largest first.
+
+        Equal values keep the order of the shards.
+        """
+        width = min(k, self.size + self.padding)  # alike on all shards
+        top, index = values.topk(min(width, self.size), dim=-1)
+        short = width - top.shape[-1]
+        if short:
+            top = torch.nn.functional.pad(top, (0, short), value=-torch.inf)
+            index = torch.nn.functional.pad(index, (0, short))
+        everyone, ids = self.gather_columns(top), self.gather_columns(index + self.start)
+        order = everyone.argsort(dim=-1, descending=True, stable=True)[:, :k]
+        return everyone.gather(1, order), ids.gather(1, order)
+
     def pick(self, values: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
         """``values[rows, ids]`` [t] for global ids, wherever they live."""
         column, mine = self.local(ids)

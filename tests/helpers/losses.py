@@ -167,7 +167,11 @@ def build_loss(name: str, shard: ProjectionShard, **options: Any) -> Loss:
     lambda_chunk = options.get("lambda_chunk", 0.0)
     if name == "kl":
         return KlLoss(
-            divergence=divergence_of(options, 1.0), temperature=temperature, value_scale=scale
+            divergence=divergence_of(options, 1.0),
+            temperature=temperature,
+            value_scale=scale,
+            support=options.get("support", "teacher"),
+            support_top_k=options.get("support_top_k", 5),
         )
     if name == "ctkd":
         return CtkdLoss(

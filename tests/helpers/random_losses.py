@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,3 +66,20 @@ def problem(seed: int = 0, *, same_vocabulary: bool = False) -> Problem:
     return Problem(
         logits=logits, rows=rows, projection=make_projection(weights, nodes=nodes, common=common)
     )
+
+
+def whole_rows(seed: int = 0) -> Problem:
+    """The same logits, judged by a teacher's logits over the student's vocabulary."""
+    case = problem(seed, same_vocabulary=True)
+    generator = np.random.default_rng(seed + 1000)
+    count = len(case.rows.position)
+    logits = generator.normal(size=(count, V_S)) * 2.0
+    logits[0, 3] = -np.inf  # a token that the teacher never writes
+    rows = replace(
+        case.rows,
+        row_weight=generator.uniform(0.5, 2.0, size=count),
+        topk_ids=None,
+        topk_logprobs=logits,
+        log_tail=np.full(count, -np.inf),
+    )
+    return replace(case, rows=rows)

@@ -12,7 +12,7 @@ from mopd.losses.vocab import VocabShard
 from mopd.projection import ProjectionShard
 from mopd.student.parallel import initialize
 from tests.helpers.losses import build_loss, run_head
-from tests.helpers.random_losses import V_S, problem
+from tests.helpers.random_losses import V_S, problem, whole_rows
 
 
 def shard_result(name: str, size: int, options: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -20,7 +20,9 @@ def shard_result(name: str, size: int, options: dict[str, Any]) -> tuple[torch.T
     topology = initialize(
         ParallelSection(tensor_model_parallel_size=size), backend=get_device("cpu"), seed=1
     )
-    case = problem(11, same_vocabulary=name == "kl")
+    options = dict(options)
+    whole = options.pop("whole_rows", False)
+    case = whole_rows(11) if whole else problem(11, same_vocabulary=name == "kl")
     width = -(-V_S // size)
     start = topology.tp_rank * width
     padded = torch.full((len(case.logits), width * size), 50.0, dtype=case.logits.dtype)

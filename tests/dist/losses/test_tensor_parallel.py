@@ -8,7 +8,7 @@ from mopd.losses.vocab import VocabShard
 from mopd.projection import ProjectionShard
 from tests.helpers.dist import run_ranks
 from tests.helpers.losses import build_loss, run_head
-from tests.helpers.random_losses import V_S, problem
+from tests.helpers.random_losses import V_S, problem, whole_rows
 from tests.helpers.tp_losses import shard_result
 
 CASES = [
@@ -21,6 +21,13 @@ CASES = [
     ("kl", {"divergence": Divergence(kind="reverse_kl", top_k_mode="genkl")}),
     ("kl", {"beta": 1.0}),
     ("kl", {"beta": 0.0, "temperature": 1.5}),
+    ("kl", {"beta": 1.0, "divergence": Divergence(kind="forward_kl", top_k_mode="renorm")}),
+    ("kl", {"whole_rows": True, "beta": 0.0, "temperature": 1.5}),
+    ("kl", {"whole_rows": True, "beta": 0.4}),
+    ("kl", {"whole_rows": True, "beta": 1.0}),
+    ("kl", {"whole_rows": True, "divergence": Divergence(kind="skew_reverse_kl")}),
+    ("kl", {"whole_rows": True, "beta": 1.0, "support": "student"}),
+    ("kl", {"whole_rows": True, "beta": 0.5, "support": "union", "temperature": 2.0}),
 ]
 
 
@@ -28,7 +35,8 @@ CASES = [
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_loss_and_gradient_equal_one_process(name, options, size):
-    case = problem(11, same_vocabulary=name == "kl")
+    whole = options.get("whole_rows", False)
+    case = whole_rows(11) if whole else problem(11, same_vocabulary=name == "kl")
     projection = ProjectionShard(case.projection, start=0, end=V_S, device=torch.device("cpu"))
     value, grad = run_head(
         build_loss(name, projection, **options),
