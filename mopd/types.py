@@ -108,6 +108,7 @@ class TeacherRows:
     chunk_size: np.ndarray  # [C, 2] int32: student and teacher tokens of the chunk
     chunk_weight: np.ndarray  # [C] float32
     chunk_owned: np.ndarray  # [C] bool: this rank reports its value (its boundary row is here)
+    chunk_sequence: np.ndarray  # [C] int64, ascending: chunks of one rollout share a number
     token_position: np.ndarray  # [N] int64: every trained student token of the chunks
     token_id: np.ndarray  # [N] int64
     token_chunk: np.ndarray  # [N] int64: index of its chunk

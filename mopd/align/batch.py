@@ -81,6 +81,8 @@ def concatenate_rows(parts: Sequence[TeacherRows]) -> TeacherRows:
             arrays = _padded(arrays, _PADDING[field.name])
         elif field.name == "token_chunk":
             arrays = [a + n for a, n in zip(arrays, chunks_before, strict=True)]
+        elif field.name == "chunk_sequence":  # a part is one rollout
+            arrays = [np.full_like(a, number) for number, a in enumerate(arrays)]
         elif field.name == "path_entry_slot":
             arrays = [a + n for a, n in zip(arrays, targets_before, strict=True)]
         columns[field.name] = np.concatenate(arrays)

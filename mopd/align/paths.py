@@ -6,33 +6,77 @@ the student's longer tokens; every leaf and every stop it passes is a slot with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from mopd.align.temper import Tempered
 from mopd.types import FibreTrie, TeacherScores, ragged_arange
 
 _NO_STOP = np.iinfo(np.int64).min
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PathOptions:
-    """``paths`` maps teacher piece paths to nodes of ``trie``; ``fold`` [V_T] gives the columns."""
+    """``fold`` [V_T] gives the columns; paths have fewer than ``max_length`` pieces."""
 
     trie: FibreTrie
-    paths: Mapping[tuple[int, ...], int]
     fold: np.ndarray
     max_length: int
 
+    @cached_property
+    def index(self) -> TrieIndex:
+        return trie_index(self.trie, self.fold)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tempered:
-    """Teacher log-probabilities at the loss's temperature."""
+class TrieIndex:
+    """Integer tables for walking the trie, one piece at a time."""
 
-    topk: np.ndarray  # [T, K] float32
-    log_tail: np.ndarray  # [T] float32
-    actual: np.ndarray  # [T] float32
+    root: np.ndarray  # [V_T] int64: node of the one-piece path, or -1
+    key: np.ndarray  # [n] int64, ascending: parent node * V_T + piece
+    child: np.ndarray  # [n] int64
+    column_token: np.ndarray  # [V_T] int64: teacher tokens, column by column
+    column_begin: np.ndarray  # [V_T] int64: where the tokens of a token's column begin
+    column_size: np.ndarray  # [V_T] int64: how many they are
+
+    def children(self, node: np.ndarray, piece: np.ndarray) -> np.ndarray:
+        """The node behind ``piece`` at each ``node``; -1 where there is none."""
+        if not len(self.key):
+            return np.full(len(node), -1, dtype=np.int64)
+        wanted = node * len(self.root) + piece
+        place = np.minimum(np.searchsorted(self.key, wanted), len(self.key) - 1)
+        return np.where((self.key[place] == wanted) & (node >= 0), self.child[place], -1)
+
+
+def trie_index(trie: FibreTrie, fold: np.ndarray) -> TrieIndex:
+    """The tables of ``trie``: a node's parent is the node of its path without the last piece."""
+    size = len(fold)
+    length = np.diff(trie.node_ptr)
+    counts = np.bincount(fold, minlength=size + 1)
+    index = TrieIndex(
+        root=np.full(size, -1, dtype=np.int64),
+        key=np.zeros(0, dtype=np.int64),
+        child=np.zeros(0, dtype=np.int64),
+        column_token=np.argsort(fold, kind="stable"),
+        column_begin=(np.cumsum(counts) - counts)[fold],
+        column_size=counts[fold],
+    )
+    ones = np.flatnonzero(length == 1)
+    index.root[trie.node_piece[trie.node_ptr[ones]]] = ones
+    for depth in range(2, int(length.max(initial=1)) + 1):
+        nodes = np.flatnonzero(length == depth)
+        piece = trie.node_piece[trie.node_ptr[nodes][:, None] + np.arange(depth)].astype(np.int64)
+        parent = index.root[piece[:, 0]]
+        for level in range(1, depth - 1):
+            parent = index.children(parent, piece[:, level])
+        nodes, parent, last = nodes[parent >= 0], parent[parent >= 0], piece[parent >= 0, -1]
+        key = np.concatenate([index.key, parent * size + last])
+        order = np.argsort(key)
+        child = np.concatenate([index.child, nodes])[order]
+        index = replace(index, key=key[order], child=child)
+    return index
 
 
 @dataclass(slots=True)
@@ -72,30 +116,38 @@ def path_targets(
     column share the stop's, and so do those of a group that no token of its own ends.
     """
     parts = [] if options is None else _walk(scores, tempered, row=row, options=options)
-    columns = [
-        np.concatenate([getattr(p, name) for p in parts] or [np.zeros(0)])
-        for name in ("boundary", "slot", "key", "prob")
-    ]
-    boundary, slot, key = (column.astype(np.int64) for column in columns[:3])
-    told = slot != _NO_STOP
-    entries, inverse = np.unique(
-        np.stack([boundary, slot, key])[:, told], axis=1, return_inverse=True
-    )
-    first = np.any(np.diff(entries[:2], axis=1, prepend=-1 - entries[:2, :1]) != 0, axis=0)
-    entry_slot = np.cumsum(first) - 1
-    owner = entries[0][first]
-    mass = np.bincount(
-        entry_slot[inverse.reshape(-1)], weights=columns[3][told], minlength=len(owner)
-    )
-    rows, index, counts = np.unique(owner, return_inverse=True, return_counts=True)
-    total = np.bincount(index, weights=mass, minlength=len(rows))
+    return _slots(_concatenate(parts), position)
+
+
+def _slots(entries: _Entries, position: np.ndarray) -> dict[str, np.ndarray]:
+    """Entries sorted by boundary, slot and key, without repetitions; mass summed per slot."""
+    told = entries.slot != _NO_STOP
+    boundary, slot, key = entries.boundary[told], entries.slot[told], entries.key[told]
+    # one integer per entry: sorting those is far faster than sorting rows of three
+    low = int(min(slot.min(initial=0), key.min(initial=0)))
+    bits = (int(max(slot.max(initial=0), key.max(initial=0))) - low).bit_length()
+    assert len(position).bit_length() + 2 * bits < 63
+    head = (boundary << bits) | (slot - low)
+    packed = np.sort((head << bits) | (key - low))
+    packed = packed[np.diff(packed, prepend=-1) != 0]
+    entry_head = packed >> bits
+    first = np.diff(entry_head, prepend=-1) != 0
+    heads = entry_head[first]
+    prob = entries.prob[told]
+    some = np.flatnonzero(prob)
+    mass = np.bincount(np.searchsorted(heads, head[some]), weights=prob[some], minlength=len(heads))
+    owner = heads >> bits
+    begins = np.flatnonzero(np.diff(owner, prepend=-1))
+    counts = np.diff(begins, append=len(owner))
+    index = np.repeat(np.arange(len(begins)), counts)
+    total = np.bincount(index, weights=mass, minlength=len(begins))
     return {
-        "path_position": position[rows],
+        "path_position": position[owner[begins]],
         "path_weight": np.minimum(total, 1.0).astype(np.float32),
         "path_offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         "path_target": (mass / np.maximum(total, 1e-30)[index]).astype(np.float32),
-        "path_entry_slot": entry_slot,
-        "path_entry": entries[2],
+        "path_entry_slot": np.cumsum(first) - 1,
+        "path_entry": (packed & ((1 << bits) - 1)) + low,
     }
 
 
@@ -105,11 +157,11 @@ def _walk(
     """All walks, level by level."""
     parts: list[_Entries] = []
     walk = _first_level(scores, tempered, row=row, options=options)
-    for length in range(1, options.max_length):
+    for _ in range(1, options.max_length):
         if not len(walk.node):
             break
-        following = _nodes(scores, row[walk.boundary], length + 1, options.paths)
-        entries, walk = _level(scores, tempered, walk, following=following, options=options)
+        following = _next_nodes(scores, walk, options.index)
+        entries, walk = _level(scores, tempered, walk, following=following, trie=options.trie)
         parts.append(entries)
     return parts
 
@@ -117,15 +169,31 @@ def _walk(
 def _first_level(
     scores: TeacherScores, tempered: Tempered, *, row: np.ndarray, options: PathOptions
 ) -> _Walk:
-    node = _nodes(scores, row, 1, options.paths)
+    node = np.where(_goes_on(scores, row), options.index.root[scores.token_ids[row]], -1)
     boundary = np.flatnonzero(node >= 0)
     return _Walk(
         boundary=boundary,
         node=node[boundary],
         row=row[boundary] + 1,
-        reach=_column_share(scores, tempered, row[boundary], options.fold),
+        reach=_column_share(scores, tempered, row[boundary], options),
         stop=_stop_slot(options.trie, node[boundary]),
     )
+
+
+def _goes_on(scores: TeacherScores, row: np.ndarray) -> np.ndarray:
+    """Whether the row after the actual token of ``row`` is there: responses end, rows fail."""
+    after = np.minimum(row + 1, max(len(scores.valid) - 1, 0))
+    return (row + 1 < len(scores.token_ids)) & scores.valid[after]
+
+
+def _next_nodes(scores: TeacherScores, walk: _Walk, index: TrieIndex) -> np.ndarray:
+    """[A] node after one more actual piece; -1 where the walk ends.
+
+    It ends at a path that no student token goes on from, at the end of the response (a path needs
+    the row after it) and at a teacher row that is missing.
+    """
+    following = index.children(walk.node, scores.token_ids[walk.row])
+    return np.where(_goes_on(scores, walk.row), following, -1)
 
 
 def _stop_slot(trie: FibreTrie, node: np.ndarray) -> np.ndarray:
@@ -139,19 +207,17 @@ def _level(
     walk: _Walk,
     *,
     following: np.ndarray,
-    options: PathOptions,
+    trie: FibreTrie,
 ) -> tuple[_Entries, _Walk]:
     """The slots at the present nodes, and the walk one actual piece further."""
-    trie = options.trie
     groups = trie.group_ptr[walk.node + 1] - trie.group_ptr[walk.node]
     of = np.repeat(np.arange(len(walk.node)), groups)
     group = ragged_arange(trie.group_ptr[walk.node], groups)
-    source = walk.row[of]
-    hit = scores.topk_ids[source] == trie.group_piece[group][:, None]
-    prob = np.where(hit, np.exp(tempered.topk[source].astype(np.float64)), 0.0).sum(axis=1)
+    piece = trie.group_piece[group]
+    prob = _probabilities(scores, tempered, walk.row, of=of, piece=piece)
     stopped = np.maximum(1.0 - np.bincount(of, weights=prob, minlength=len(groups)), 0.0)
 
-    taken = (following >= 0)[of] & (trie.group_piece[group] == scores.token_ids[source])
+    taken = (following >= 0)[of] & (piece == scores.token_ids[walk.row][of])
     joined = ~taken & trie.group_open[group]
     entries = _level_entries(
         walk, of=of, group=group, prob=walk.reach[of] * prob, joined=joined, taken=taken
@@ -169,6 +235,37 @@ def _level(
         reach=(walk.reach * step)[onward],
         stop=np.where(own_stop == _NO_STOP, walk.stop, own_stop)[onward],
     )
+
+
+def _probabilities(
+    scores: TeacherScores,
+    tempered: Tempered,
+    row: np.ndarray,
+    *,
+    of: np.ndarray,
+    piece: np.ndarray,
+) -> np.ndarray:
+    """[M] P(``piece``) in teacher rows ``row[of]``; 0 for what a row does not list.
+
+    ``of`` ascends. Listed entries and wanted pieces meet by a search among sorted integers, as a
+    comparison of all with all would be as wide as the list.
+    """
+    if scores.topk_ids is None:
+        return np.exp(tempered.at(row[of], piece).astype(np.float64))
+    width = scores.topk_ids.shape[1]
+    shift = max(width - 1, 1).bit_length()
+    listed = ((scores.topk_ids[row].astype(np.int64) + 1) << shift) | np.arange(width)
+    listed.sort(axis=1)
+    span = (max(int(listed.max(initial=0)) >> shift, int(piece.max(initial=0)) + 1) + 1) << shift
+    listed = (listed + np.arange(len(row))[:, None] * span).reshape(-1)
+    wanted = of * span + ((piece.astype(np.int64) + 1) << shift)
+    place = np.searchsorted(listed, wanted)
+    found = listed[np.minimum(place, len(listed) - 1)] if len(listed) else wanted - 1
+    hit = np.flatnonzero(((found >> shift) == (wanted >> shift)) & (place < len(listed)))
+    prob = np.zeros(len(of))
+    column = found[hit] & ((1 << shift) - 1)
+    prob[hit] = np.exp(tempered.at(row[of[hit]], column).astype(np.float64))
+    return prob
 
 
 def _level_entries(
@@ -212,35 +309,31 @@ def _beside(walk: _Walk, trie: FibreTrie) -> _Entries:
 
 
 def _concatenate(parts: list[_Entries]) -> _Entries:
+    none = np.zeros(0, dtype=np.int64)
+    parts = [_Entries(boundary=none, slot=none, key=none, prob=np.zeros(0)), *parts]
     names = ("boundary", "slot", "key", "prob")
     return _Entries(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
 
 
-def _nodes(
-    scores: TeacherScores, begin: np.ndarray, length: int, paths: Mapping[tuple[int, ...], int]
-) -> np.ndarray:
-    """[A] node of the ``length`` actual pieces from ``begin``; -1 where the walk ends.
-
-    It ends at a path that no student token goes on from, at the end of the response (a path needs
-    the row after it) and at a teacher row that is missing.
-    """
-    ids, valid = scores.token_ids.tolist(), scores.valid
-    found = np.full(len(begin), -1, dtype=np.int64)
-    for index, low in enumerate(begin.tolist()):
-        high = low + length
-        if high < len(ids) and valid[high]:
-            found[index] = paths.get(tuple(ids[low:high]), -1)
-    return found
-
-
 def _column_share(
-    scores: TeacherScores, tempered: Tempered, row: np.ndarray, fold: np.ndarray
+    scores: TeacherScores, tempered: Tempered, row: np.ndarray, options: PathOptions
 ) -> np.ndarray:
     """[A] P(actual token) over P(all tokens of its column) in teacher rows ``row``."""
-    actual = scores.token_ids[row]
+    actual, fold = scores.token_ids[row], options.fold
     own = np.exp(tempered.actual[row].astype(np.float64))
-    ids = scores.topk_ids[row]
-    same = (ids >= 0) & (ids != actual[:, None])
-    same &= fold[np.clip(ids, 0, len(fold) - 1)] == fold[actual][:, None]
-    others = np.where(same, np.exp(tempered.topk[row].astype(np.float64)), 0.0).sum(axis=1)
+    alike = np.flatnonzero(options.index.column_size[actual] > 1)
+    if scores.topk_ids is None:
+        here = actual[alike]
+        size = options.index.column_size[here]
+        member = np.repeat(np.arange(len(alike)), size)
+        begin = options.index.column_begin[here]
+        column = options.index.column_token[ragged_arange(begin, size)]
+        member, column = member[column != here[member]], column[column != here[member]]
+    else:
+        ids = scores.topk_ids[row[alike]]
+        same = (ids >= 0) & (ids != actual[alike, None])
+        same &= fold[np.maximum(ids, 0)] == fold[actual[alike]][:, None]
+        member, column = np.nonzero(same)
+    prob = np.exp(tempered.at(row[alike][member], column).astype(np.float64))
+    others = np.bincount(alike[member], weights=prob, minlength=len(row))
     return own / np.maximum(own + others, 1e-30)

@@ -2,73 +2,80 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
 from mopd.align.boundaries import chunk_sizes
-from mopd.align.paths import PathOptions, Tempered, path_targets
+from mopd.align.fold import ColumnMap, column_map, fold_rows, keep_columns
+from mopd.align.interior import Interior, interior_rows
+from mopd.align.merge import Lists, Merge, join_native, merged_rows
+from mopd.align.paths import PathOptions, path_targets
+from mopd.align.pull import Pieces, pulled_rows
+from mopd.align.temper import Tempered, temper
 from mopd.types import Alignment, TeacherRows, TeacherScores, no_native_rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PayloadOptions:
-    """``fold`` [V_T] int32 moves teacher mass to the column that stands for it; None leaves it.
+    """What a teacher's rows carry.
 
-    ``path`` None switches path terms off.
+    Args:
+        fold: [V_T] int32 moves teacher mass to the column that stands for it; None leaves it.
+        path: None switches path terms off.
+        columns: [K] teacher tokens, ascending: the only ones kept; the rest is the tail.
+        merge: what stands for the teacher's rows of a chunk (`mopd.align.merge`).
+        direction: "pull" carries the teacher over to the student's tokens (`mopd.align.pull`);
+            the rows are native ones then, and no boundary row lists anything. So it is with
+            ``merge`` "decayed".
+        pieces: how the teacher spells the student's tokens; for both.
+        interior: rows over the student's own tokens inside chunks.
+        renormalize: mass that folds to null is dropped, the rest divided by what is left, instead
+            of joining the tail.
+
+    Raises:
+        ValueError: a pull without pieces, or of merged rows.
     """
 
     temperature: float
     fold: np.ndarray | None = None
     path: PathOptions | None = None
+    columns: np.ndarray | None = None
+    merge: Merge = "boundary"
+    direction: Literal["push", "pull"] = "push"
+    pieces: Pieces | None = None
+    interior: Interior | None = None
+    renormalize: bool = False
 
+    def __post_init__(self) -> None:
+        if self.direction == "pull" and self.merge != "boundary":
+            raise ValueError(f"direction pull reads the boundary row, not merge {self.merge}")
+        if self.native_only and self.pieces is None:
+            raise ValueError("a pull needs the teacher's pieces of the student's tokens")
 
-def temper(scores: TeacherScores, temperature: float) -> Tempered:
-    """The teacher's log-probabilities at the loss's temperature.
+    @property
+    def native_only(self) -> bool:
+        """Whether all that is asked is asked of the student's own tokens."""
+        return self.direction == "pull" or self.merge == "decayed"
 
-    Raises:
-        ValueError: the temperature is not 1 and the teacher sent no log-sum-exps.
-    """
-    if temperature == 1.0:
-        return Tempered(topk=scores.topk_logprobs, log_tail=scores.log_tail, actual=scores.logprobs)
-    if scores.lse is None:
-        raise ValueError(f"teacher {scores.teacher} sends no log-sum-exp; set temperature to 1")
-    lse = scores.lse.astype(np.float64)
-    topk = (scores.topk_logprobs + lse[:, :1]) / temperature - lse[:, 1:]
-    actual = (scores.logprobs + lse[:, 0]) / temperature - lse[:, 1]
-    with np.errstate(divide="ignore"):
-        inside = np.minimum(np.log(np.exp(topk).sum(axis=1)), -1e-7)
-        tail = np.where(np.isneginf(scores.log_tail), -np.inf, np.log(-np.expm1(inside)))
-    return Tempered(
-        topk=topk.astype(np.float32),
-        log_tail=tail.astype(np.float32),
-        actual=actual.astype(np.float32),
-    )
+    @cached_property
+    def folds(self) -> bool:
+        """Whether any token moves."""
+        return self.fold is not None and bool((self.fold != np.arange(len(self.fold))).any())
 
+    @cached_property
+    def _folded_columns(self) -> ColumnMap:
+        assert self.fold is not None
+        return column_map(len(self.fold), fold=self.fold, columns=self.columns)
 
-def fold_rows(
-    ids: np.ndarray, logprobs: np.ndarray, log_tail: np.ndarray, fold: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Moves each id to ``fold[id]``, adds up what meets, and what folds to null joins the tail."""
-    null = len(fold)
-    target = np.where(ids >= 0, fold[np.clip(ids, 0, null - 1)], null)
-    order = np.argsort(target, axis=1, kind="stable")
-    target = np.take_along_axis(target, order, axis=1)
-    mass = np.take_along_axis(np.exp(logprobs.astype(np.float64)), order, axis=1)
-    mass = np.where(np.take_along_axis(ids >= 0, order, axis=1), mass, 0.0)
-    first = np.ones(target.shape, dtype=bool)
-    first[:, 1:] = target[:, 1:] != target[:, :-1]
-    group = np.cumsum(first, axis=1) - 1
-    summed = np.zeros_like(mass)
-    rows = np.broadcast_to(np.arange(len(ids))[:, None], group.shape)
-    np.add.at(summed, (rows, group), mass)
-    leader = np.full(target.shape, null)
-    np.put_along_axis(leader, group, target, axis=1)
-    is_null = leader >= null
-    tail = np.exp(log_tail.astype(np.float64)) + np.where(is_null, summed, 0.0).sum(axis=1)
-    with np.errstate(divide="ignore"):
-        out = np.log(np.where(is_null, 0.0, summed)).astype(np.float32)
-        return np.where(is_null, -1, leader).astype(np.int32), out, np.log(tail).astype(np.float32)
+    def column_map(self, size: int) -> ColumnMap:
+        """Where the columns of rows over ``size`` teacher tokens go."""
+        if self.fold is None:
+            return column_map(size, fold=None, columns=self.columns)
+        return self._folded_columns
 
 
 def teacher_rows(
@@ -88,36 +95,152 @@ def teacher_rows(
     A chunk is dropped when its first student token is not trainable or a teacher row is missing.
     """
     a, b = alignment.student_starts, alignment.teacher_starts
-    missing = _chunk_sums((~scores.valid).astype(np.float64), b)
-    kept = trainable[a[:-1]] & (missing == 0)
+    kept = kept_chunks(scores, alignment, trainable)
     sizes = chunk_sizes(alignment)[kept]
     tempered = temper(scores, options.temperature)
     row, position = b[:-1][kept], a[:-1][kept]
-    assert scores.topk_ids is not None
-    ids, logprobs, log_tail = scores.topk_ids[row], tempered.topk[row], tempered.log_tail[row]
-    if options.fold is not None:
-        ids, logprobs, log_tail = fold_rows(ids, logprobs, log_tail, options.fold)
+    lists = _lists(scores, tempered, row=row, count=sizes[:, 1], options=options)
+    if options.renormalize and not options.native_only:
+        lists = _without_lost(lists, tempered.log_tail[row])
     token_chunk = np.repeat(np.arange(len(position)), sizes[:, 0])
     first = np.cumsum(sizes[:, 0]) - sizes[:, 0]
     token_position = position[token_chunk] + np.arange(len(token_chunk)) - first[token_chunk]
+    native = [no_native_rows()]
+    if options.native_only:
+        assert options.pieces is not None
+        native.append(
+            pulled_rows(
+                scores,
+                tempered,
+                position=position,
+                row=row,
+                pieces=options.pieces,
+                decayed=options.merge == "decayed",
+            )
+        )
+    if options.interior is not None:
+        found, _ = interior_rows(
+            scores,
+            tempered,
+            position=position,
+            row=row,
+            sizes=sizes,
+            student_ids=student_ids,
+            trainable=trainable,
+            interior=options.interior,
+        )
+        native.append(found)
     return TeacherRows(
         teacher=scores.teacher,
         position=position,
         row_weight=np.ones(len(position), dtype=np.float32),
-        topk_ids=ids,
-        topk_logprobs=logprobs,
-        log_tail=log_tail,
+        topk_ids=lists.ids,
+        topk_logprobs=lists.logprobs,
+        log_tail=lists.log_tail,
         chunk_logprob=_chunk_sums(scores.logprobs, b)[kept].astype(np.float32),
         chunk_size=sizes.astype(np.int32),
         chunk_weight=np.ones(len(position), dtype=np.float32),
         chunk_owned=np.ones(len(position), dtype=bool),
+        chunk_sequence=np.zeros(len(position), dtype=np.int64),
         token_position=token_position,
         token_id=student_ids[token_position].astype(np.int64),
         token_chunk=token_chunk,
         token_sampling_logprob=_sampled(sampling_logprobs, token_position),
-        **no_native_rows(),
+        **join_native(native),
         **path_targets(scores, tempered, position=position, row=row, options=options.path),
     )
+
+
+def interior_coverage(
+    scores: TeacherScores,
+    alignment: Alignment,
+    *,
+    student_ids: np.ndarray,
+    trainable: np.ndarray,
+    options: PayloadOptions,
+) -> tuple[float, float]:
+    """(sum, number of places) of the shares that interior rows speak for (`interior_rows`)."""
+    assert options.interior is not None
+    kept = kept_chunks(scores, alignment, trainable)
+    _, covered = interior_rows(
+        scores,
+        temper(scores, options.temperature),
+        position=alignment.student_starts[:-1][kept],
+        row=alignment.teacher_starts[:-1][kept],
+        sizes=chunk_sizes(alignment)[kept],
+        student_ids=student_ids,
+        trainable=trainable,
+        interior=options.interior,
+    )
+    return float(covered.sum()), float(len(covered))
+
+
+def kept_chunks(scores: TeacherScores, alignment: Alignment, trainable: np.ndarray) -> np.ndarray:
+    """[C] bool: the first student token is trainable and no teacher row is missing."""
+    missing = _chunk_sums((~scores.valid).astype(np.float64), alignment.teacher_starts)
+    return trainable[alignment.student_starts[:-1]] & (missing == 0)
+
+
+def _lists(
+    scores: TeacherScores,
+    tempered: Tempered,
+    *,
+    row: np.ndarray,
+    count: np.ndarray,
+    options: PayloadOptions,
+) -> Lists:
+    """The boundary rows, merged first, then cut to the columns, then folded."""
+    if options.native_only:
+        none = np.zeros((len(row), 0))
+        tail = np.zeros(len(row), dtype=np.float32)
+        return Lists(ids=none.astype(np.int32), logprobs=none.astype(np.float32), log_tail=tail)
+    cut = options.columns is not None or options.folds
+    if scores.topk_ids is None and options.merge == "boundary" and not cut:
+        return Lists(ids=None, logprobs=scores.topk_logprobs[row], log_tail=scores.log_tail[row])
+    lists = merged_rows(scores, tempered, row=row, count=count, merge=options.merge)
+    if lists.ids is None:
+        size = lists.logprobs.shape[1]
+        if not cut:  # merged rows need not sum to 1, so they may not stand for a softmax
+            return replace(lists, ids=np.arange(size, dtype=np.int32))
+        columns = options.column_map(size)
+        logprobs, log_tail = columns.apply(lists.logprobs)
+        return Lists(ids=columns.ids, logprobs=logprobs, log_tail=log_tail)
+    ids, logprobs, log_tail = lists.ids, lists.logprobs, lists.log_tail
+    if options.columns is not None:
+        ids, logprobs, log_tail = keep_columns(ids, logprobs, log_tail, options.columns)
+    if options.fold is not None:
+        ids, logprobs, log_tail = fold_rows(ids, logprobs, log_tail, options.fold)
+    return Lists(ids=ids, logprobs=logprobs, log_tail=log_tail)
+
+
+def _without_lost(lists: Lists, log_tail: np.ndarray) -> Lists:
+    """The lists as if the mass that joined the tail [R] on the way had never been there."""
+    lost = np.exp(lists.log_tail.astype(np.float64)) - np.exp(log_tail.astype(np.float64))
+    left = np.log(np.maximum(1.0 - np.maximum(lost, 0.0), 1e-30)).astype(np.float32)
+    return replace(lists, logprobs=lists.logprobs - left[:, None], log_tail=log_tail - left)
+
+
+def shared_columns(scores: Sequence[TeacherScores], k: int) -> np.ndarray:
+    """[k] int32, ascending: the columns with the highest log-probability over all rows.
+
+    Ties go to the smaller id. Listed rows offer only what they list, so there may be fewer.
+    """
+    size = max(
+        s.topk_logprobs.shape[1] if s.topk_ids is None else int(s.topk_ids.max(initial=-1)) + 1
+        for s in scores
+    )
+    best = np.full(size, -np.inf, dtype=np.float32)
+    for each in scores:
+        rows = each.topk_logprobs[each.valid]
+        if each.topk_ids is None:
+            if len(rows):
+                top = temper(each, 1.0).rows(np.flatnonzero(each.valid)).max(axis=0)
+                np.maximum(best, top, out=best)
+        else:
+            listed = each.topk_ids[each.valid] >= 0
+            np.maximum.at(best, each.topk_ids[each.valid][listed], rows[listed])
+    order = np.argsort(-best, kind="stable")[:k]
+    return np.sort(order[np.isfinite(best[order])]).astype(np.int32)
 
 
 def _sampled(logprobs: np.ndarray | None, position: np.ndarray) -> np.ndarray:

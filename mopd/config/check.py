@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from mopd.config.check_losses import check_losses
 from mopd.config.keys import printable
 from mopd.config.model_shape import check_layout, read_model_config
 from mopd.config.schema import RolloutBackendSection, RunConfig, TeacherBackendSection
@@ -26,7 +27,7 @@ def check_config(config: RunConfig, *, world_size: int) -> None:
     problems = chain(
         _teachers(config),
         _backends(config),
-        _losses(config),
+        check_losses(config),
         _schedule(config),
         _paths(config),
         _sizes(config, world_size),
@@ -76,22 +77,6 @@ def _target(prefix: str, backend: TeacherBackendSection | RolloutBackendSection)
         yield f"{prefix}.target: is not set; type=custom needs package.module:Name"
     elif not TARGET.fullmatch(target):
         yield f"{prefix}.target: expected package.module:Name, got `{target}`"
-
-
-def _losses(config: RunConfig) -> Iterator[str]:
-    matched, unmatched = config.gold.matched_weight, config.gold.unmatched_weight
-    if (matched is None) != (unmatched is None):
-        missing = "matched_weight" if matched is None else "unmatched_weight"
-        yield f"gold.{missing}: is not set, but its partner is; set both, or neither"
-    for name in ("ctkd", "gold", "kl"):
-        divergence = getattr(config, name).divergence
-        if divergence.top_k_mode == "genkl" and divergence.kind not in ("forward_kl", "reverse_kl"):
-            yield (
-                f"{name}.divergence.top_k_mode=genkl: is defined for kind=forward_kl and "
-                f"reverse_kl, not {divergence.kind}; use tail"
-            )
-    if matched == 0 and unmatched == 0:
-        yield "gold.matched_weight, gold.unmatched_weight: both are 0; raise one"
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:

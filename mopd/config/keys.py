@@ -35,7 +35,7 @@ def _check_section(
             raise ConfigError(f"{printable(path)}: is `???`; give it a value, or null ({origin})")
         annotation = section.model_fields[key].annotation
         nested, named = _subsection(annotation)
-        if nested is None and isinstance(value, Mapping):
+        if nested is None and isinstance(value, Mapping) and get_origin(annotation) is not dict:
             shown = printable(repr(dict(value)))
             raise ConfigError(f"{printable(path)}: expected a value, got keys {shown} ({origin})")
         if nested is None or value is None:

@@ -15,7 +15,7 @@ PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-LossName = Literal["ctkd", "gold", "uld", "kl"]
+LossName = Literal["ctkd", "gold", "uld", "kl", "opd"]
 DivergenceKind = Literal[
     "forward_kl", "reverse_kl", "jsd", "mixed", "skew_kl", "skew_reverse_kl", "akl", "tvd"
 ]
@@ -74,6 +74,7 @@ class StudentSection(Section):
     model: str | None = None
     tokenizer: str | None = None  # defaults to `model`
     dtype: Literal["float32", "bfloat16"] = "float32"
+    fused_head: bool = True  # output layer and loss in one, without the logits as a whole
     parallel: ParallelSection = ParallelSection()
     optimizer: OptimizerSection = OptimizerSection()
 
@@ -104,11 +105,27 @@ class DistillationSection(Section):
     loss: LossName = "ctkd"
     temperature: Annotated[float, Field(gt=0.0)] = 1.0  # of the loss, not of sampling
     scale_by_t2: bool = True  # losses times temperature^2, which keeps their gradient's size
-    top_k: PositiveInt = 64  # teacher's support per position; the rest is one tail bin
+    top_k: PositiveInt | None = 64  # teacher's support per position, plus a tail; null: all tokens
+    shared_columns: PositiveInt | None = (
+        None  # of top_k=null: these many likeliest tokens of a step
+    )
     teacher_key: str = "domain"  # the field of a data row that routes it to teachers
     default_teacher: str | None = None  # judges rows that no teacher lists; None refuses them
     alignment: Literal["bytes", "position"] = "bytes"  # `position` is a negative control
+    positions: Literal["all", "canonical_prefix"] = "all"  # which part of an answer is trained
     max_failed_share: Probability = 0.5  # a batch with more unscored answers stops the run
+    normalization: Literal["chunk", "token", "sequence"] = "chunk"  # what a teacher's mean is over
+    domain_normalization: Literal["tokens", "none"] = (
+        "tokens"  # tokens: a mean of each domain first
+    )
+    teacher_weighting: Literal["static", "nll", "entropy", "confidence"] = "static"
+    teacher_selection: Literal["none", "best", "weighted"] = "none"  # chunk by chunk
+    selection_score: Literal["nll", "entropy", "confidence"] = "nll"
+    sharpness: NonNegativeFloat = 1.0  # of weighting and selection: softmax(sharpness * score)
+    distillation_weight: NonNegativeFloat = 1.0
+    crossentropy_weight: NonNegativeFloat = 0.0  # of the response's own tokens
+    balance: Literal["fixed", "dynamic"] = "fixed"  # dynamic: scale the losses to the cross entropy
+    balance_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9  # of the averages behind dynamic
 
 
 class DivergenceSection(Section):
@@ -134,15 +151,44 @@ class KlDivergenceSection(DivergenceSection):
     kind: DivergenceKind = "reverse_kl"
 
 
+class HybridSection(Section):
+    """`loss_type: hkl`: common vocabulary and sorted L1 instead of the projection (H-KL)."""
+
+    threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.6  # None: equal bytes only
+    lambda_uld: NonNegativeFloat = 1.0
+    top_u: PositiveInt | None = 512  # None sorts everything
+    rest_bin: bool = True  # False: no bin for the rest, as in the paper; may be negative
+
+
+class LearnedSection(Section):
+    """Train the projection's weights on their fixed sparsity (X-Token)."""
+
+    enabled: bool = False
+    lr: Annotated[float, Field(gt=0.0)] = 1e-2
+    path: str | None = None  # directory with <teacher>.safetensors of an earlier run, to go on from
+
+
+Merge = Literal["boundary", "mean_prob", "nemo", "observed", "bayesian"]
+
+
 class CtkdSection(Section):
     """Projection-matrix KL at common byte boundaries (X-Token 2605.21699, with fold and path)."""
 
+    loss_type: Literal["pkl", "hkl", "auto"] = "pkl"  # auto: by the audit of the vocabularies
     max_length: PositiveInt = 4
     gamma: NonNegativeFloat = 0.0
+    map: Literal["pieces", "exact"] = "pieces"
+    roles: dict[str, str] = Field(default_factory=dict)  # control tokens, student to teacher
+    similarity: str | None = None  # embeddings of both sides' token strings, safetensors
+    direction: Literal["push", "pull"] = "push"
+    merge: Literal[Merge, "decayed"] = "boundary"  # which rows of a chunk speak for it
     divergence: DivergenceSection = DivergenceSection()
-    unreachable: Literal["fold", "rest"] = "fold"
+    unreachable: Literal["fold", "rest", "renorm"] = "fold"
     path_terms: bool = True
+    interior_rows: bool = False  # teach student tokens inside chunks from the boundary's row
     lambda_chunk: NonNegativeFloat = 0.0
+    learned: LearnedSection = LearnedSection()
+    hkl: HybridSection = HybridSection()
 
 
 class GoldSection(Section):
@@ -151,20 +197,36 @@ class GoldSection(Section):
     divergence: GoldDivergenceSection = GoldDivergenceSection()
     matched_weight: NonNegativeFloat | None = None  # both None: |matched| / V_T and 1 - that
     unmatched_weight: NonNegativeFloat | None = None
-    top_u: PositiveInt = 512
+    top_u: PositiveInt | None = 512  # None sorts everything
+    rest_bin: bool = True  # False: TRL's sub-distributions without a bin for the rest
+    merge: Merge = "boundary"
     lambda_chunk: NonNegativeFloat = 0.0
 
 
 class UldSection(Section):
     """Sorted L1 over both vocabularies (ULD 2402.12030): blind to which token is which."""
 
-    top_u: PositiveInt = 512
+    top_u: PositiveInt | None = 512
 
 
 class KlSection(Section):
-    """Same-tokenizer divergence on the teacher's top-k plus tail."""
+    """Same-tokenizer divergence on listed tokens plus tail, or on the whole vocabulary."""
 
     divergence: KlDivergenceSection = KlDivergenceSection()
+    support: Literal["teacher", "student", "union"] = "teacher"  # others need top_k=null
+    support_top_k: PositiveInt = 64  # of support student and union
+
+
+class OpdSection(Section):
+    """Policy gradient of the reverse KL on the sampled tokens, across tokenizers by chunk."""
+
+    importance: Literal["icepop", "tis", "ppo", "sequence_mask", "none"] = "icepop"
+    lower: NonNegativeFloat | None = None  # of the ratio; both None: the usual ones (losses/opd.py)
+    upper: NonNegativeFloat | None = None
+    max_advantage: Annotated[float, Field(gt=0.0)] = 5.0  # per student token of a chunk
+    policy: Literal["current", "old"] = "current"  # old: the sampler's log-probabilities
+    discount: Probability = 0.0
+    iw_gamma: NonNegativeFloat = 0.0  # IW-OPD (2606.22600): early tokens count more
 
 
 class RolloutBackendSection(Section):
@@ -236,6 +298,7 @@ class RunConfig(Section):
     gold: GoldSection = GoldSection()
     uld: UldSection = UldSection()
     kl: KlSection = KlSection()
+    opd: OpdSection = OpdSection()
     rollout: RolloutSection = RolloutSection()
     data: DataSection = DataSection()
     evaluate: EvaluateSection = EvaluateSection()

@@ -31,7 +31,9 @@ class WorldFill:
         self._spec = spec or WorldSpec()
 
     def __call__(self, recipe: DictConfig) -> DictConfig:
-        names = (PEER,) if OmegaConf.select(recipe, "distillation.loss") == "kl" else TEACHERS
+        names = (
+            (PEER,) if OmegaConf.select(recipe, "distillation.loss") in ("kl", "opd") else TEACHERS
+        )
         open_keys = _open_keys(recipe, names)
         if not open_keys:
             return recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -68,14 +68,20 @@ class Chunks:
     size: Tensor  # [C, 2] int64: student and teacher tokens
     weight: Tensor  # [C] float
     owned: Tensor  # [C] bool: whose value this rank reports
+    sequence: Tensor  # [C] int64, ascending: chunks of one rollout share a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coupled:
-    """Result of the step that joins rows: its value, and d(value)/d(log p) of each token."""
+    """Result of the step that joins rows: its value, and d(value)/d(log p) of each token.
+
+    ``kl`` joins `LossSums.kl`. ``extra`` are further sums, to be divided by the number of chunks.
+    """
 
     loss: Tensor
     token_grad: Tensor  # [t]
+    kl: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,14 +90,16 @@ class LossSums:
 
     loss: Tensor
     kl: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # a coupled term's, by name
 
 
 class Loss(Protocol):
     """One teacher's loss. ``logits`` are [n, V_local] float at temperature 1, without padding.
 
     `measure` and `couple` run only when ``coupled``: `measure` gives the student's log-probability
-    of each chunk token, and `couple` sees those of the whole micro-batch next to ``chunk_logprob``
-    [C], their sums over each chunk (over context-parallel ranks too).
+    of each chunk token, [t] or the first column of [t, k], and `couple` sees those of the whole
+    micro-batch next to ``chunk_logprob`` [C], their sums over each chunk (over context-parallel
+    ranks too).
 
     `grad` writes ``scale`` times d(loss)/d(logits) into ``out`` [n, V_local], which holds anything,
     and returns unscaled sums.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mopd.losses.base import Chunks, Coupled, RowBlock
+from mopd.losses.base import Chunks, Coupled, RowBlock, zero
+from mopd.losses.softmax import tempered
 from mopd.losses.vocab import VocabShard
 
 
@@ -25,19 +26,24 @@ class ChunkTerm:
         return self.lambda_chunk > 0.0
 
     def measure(self, logits: Tensor, rows: RowBlock, shard: VocabShard) -> Tensor:
-        return token_logprobs(logits, rows, shard)
+        return token_logprobs(logits, rows, shard, temperature=1.0)
 
     def couple(self, token_logprob: Tensor, chunk_logprob: Tensor, chunks: Chunks) -> Coupled:
         """1-1 chunks count nothing: the boundary term has judged them."""
         value, slope = binary_chunk_kl(chunk_logprob, chunks.teacher_logprob)
         weight = self.lambda_chunk * (chunks.size.sum(dim=-1) > 2).to(value.dtype) * chunks.weight
         reported = torch.where(chunks.owned, weight * value, 0.0).sum()
-        return Coupled(loss=reported, token_grad=(weight * slope)[chunks.token_chunk])
+        return Coupled(
+            loss=reported, token_grad=(weight * slope)[chunks.token_chunk], kl=zero(reported)
+        )
 
 
-def token_logprobs(logits: Tensor, rows: RowBlock, shard: VocabShard) -> Tensor:
-    """[t] the student's log-probability of every chunk token of the block, at temperature 1."""
-    return shard.pick(logits, rows.token_row, rows.token_id) - shard.lse(logits)[rows.token_row]
+def token_logprobs(
+    logits: Tensor, rows: RowBlock, shard: VocabShard, *, temperature: float
+) -> Tensor:
+    """[t] the student's log-probability of every chunk token of the block."""
+    scaled = logits if temperature == 1.0 else logits / temperature
+    return shard.pick(scaled, rows.token_row, rows.token_id) - shard.lse(scaled)[rows.token_row]
 
 
 def binary_chunk_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +70,29 @@ def add_token_gradient(
 ) -> None:
     """Adds d/d(logits) of sum_t token_grad_t * log p(token_t) at temperature 1."""
     probs = shard.softmax(logits, out=torch.empty_like(logits))
-    per_row = logits.new_zeros(len(logits)).index_add_(0, rows.token_row, token_grad)
-    out.addcmul_(probs, per_row[:, None], value=-1.0)
+    out.addcmul_(probs, _row_sums(rows, token_grad, len(out))[:, None], value=-1.0)
+    _add_at_tokens(out, rows, token_grad, shard)
+
+
+def write_token_gradient(
+    out: Tensor,
+    logits: Tensor,
+    rows: RowBlock,
+    token_grad: Tensor,
+    shard: VocabShard,
+    *,
+    temperature: float,
+) -> None:
+    """``out`` becomes d/d(logits) of sum_t token_grad_t * log p(token_t), p at ``temperature``."""
+    amount = token_grad / temperature
+    tempered(logits, out, temperature, shard).mul_(-_row_sums(rows, amount, len(out))[:, None])
+    _add_at_tokens(out, rows, amount, shard)
+
+
+def _row_sums(rows: RowBlock, token_grad: Tensor, num_rows: int) -> Tensor:
+    return token_grad.new_zeros(num_rows).index_add_(0, rows.token_row, token_grad)
+
+
+def _add_at_tokens(out: Tensor, rows: RowBlock, token_grad: Tensor, shard: VocabShard) -> None:
     column, mine = shard.local(rows.token_id)
     out.index_put_((rows.token_row, column), torch.where(mine, token_grad, 0.0), accumulate=True)

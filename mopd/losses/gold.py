@@ -1,36 +1,53 @@
 """GOLD: divergence on the common vocabulary plus sorted L1 on the rest, at byte boundaries.
 
-Matched tokens are those with equal bytes (a superset of equal strings); they form the bins of a
-divergence together with one bin for everything else. Unmatched probabilities are compared by rank
-(ULD 2402.12030): the student's largest ``top_u`` against the teacher's listed ones, with the
-teacher's tail as one more entry.
+Matched tokens are those with equal bytes (a superset of equal strings), or another one-to-one map;
+they form the bins of a divergence together with one bin for everything else. Unmatched
+probabilities are compared by rank (ULD 2402.12030). A teacher that sends its whole vocabulary is
+compared with all of it; one that lists its top-k is known there, and its tail is one more entry.
+
+Forward KL with weights (1, lambda) on the partners that a projection names is the hybrid KL of
+X-Token (2605.21699); without a rest bin it is the peers' form of both.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mopd.losses.base import LossSums, ProjectionRows, RowBlock
-from mopd.losses.chunk import ChunkTerm, add_token_gradient
+from mopd.losses.base import LossSums, ProjectionRows, RowBlock, zero
+from mopd.losses.chunk import add_token_gradient
 from mopd.losses.divergence import Divergence
 from mopd.losses.kl import support_slopes
-from mopd.losses.softmax import RowGradient, Slopes, rows_of, tempered
+from mopd.losses.matched import CommonTokens, listed_without_rest
+from mopd.losses.matched_dense import add_dense
+from mopd.losses.merge import MergingTerm, add_boundary
+from mopd.losses.softmax import RowGradient, Slopes, tempered
+from mopd.losses.sorted import largest, sorted_l1
 from mopd.losses.vocab import VocabShard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GoldLoss(ChunkTerm):
-    """``weights`` are (matched, unmatched); see `adaptive_weights` for TRL's rule."""
+class GoldLoss(MergingTerm):
+    """``weights`` are (matched, unmatched); see `adaptive_weights` for TRL's rule.
+
+    ``top_u`` keeps so many of the largest unmatched probabilities, None all of them (a listed
+    teacher's entries are all kept). What is cut off adds at most what it weighs on both sides.
+    ``rest_bin`` False leaves the mass without a partner out of the divergence, whose ``top_k_mode``
+    then means nothing.
+    """
 
     projection: ProjectionRows
     divergence: Divergence
     temperature: float
     value_scale: float
     weights: tuple[float, float]
-    top_u: int
+    top_u: int | None
+    rest_bin: bool = True
+    _tables: dict[VocabShard, CommonTokens] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def grad(
         self,
@@ -42,72 +59,74 @@ class GoldLoss(ChunkTerm):
         *,
         scale: float,
     ) -> LossSums:
-        probs = tempered(logits, out, self.temperature, shard)
-        matched, slopes = self._boundary(rows_of(probs, rows.boundary), rows, shard)
-        gradient = RowGradient(probs)
-        gradient.add(slopes, rows.boundary, rows.weight)
-        gradient.write(scale * self.value_scale / self.temperature)
-        if token_grad is not None:
+        factor = scale * self.value_scale / self.temperature
+        if rows.topk_ids is None:
+            sums = add_dense(
+                logits, out, rows, self, self._common(shard), shard=shard, factor=factor
+            )
+        else:
+            sums = self._listed(logits, out, rows, shard, factor=factor)
+        if token_grad is not None and self.has_chunk_term:
             add_token_gradient(out, logits, rows, token_grad * scale, shard)
-        loss = (slopes.value * rows.weight).sum() * self.value_scale
-        return LossSums(loss=loss, kl=(matched * rows.weight).sum())
+        return LossSums(loss=sums.loss * self.value_scale, kl=sums.kl)
 
-    def _boundary(self, probs: Tensor, rows: RowBlock, shard: VocabShard) -> tuple[Tensor, Slopes]:
-        """The matched divergence [r], and both terms together."""
+    def _common(self, shard: VocabShard) -> CommonTokens:
+        """The tables of ``shard``, built when they are first asked for."""
+        if shard not in self._tables:
+            self._tables[shard] = CommonTokens.of(self.projection.common, shard)
+        return self._tables[shard]
+
+    def _listed(
+        self, logits: Tensor, out: Tensor, rows: RowBlock, shard: VocabShard, *, factor: float
+    ) -> LossSums:
+        probs = tempered(logits, out, self.temperature, shard)
+        gradient = RowGradient(probs)
+        if not len(rows.boundary):
+            gradient.write(factor)
+            return LossSums(loss=zero(probs), kl=zero(probs))
+        slopes = add_boundary(gradient, probs, rows, shard, merge=self.merge, term=self._boundary)
+        gradient.write(factor)
+        assert slopes.kl is not None
+        loss = (slopes.value * rows.weight).sum()
+        return LossSums(loss=loss, kl=(slopes.kl * rows.weight).sum())
+
+    def _boundary(self, probs: Tensor, rows: RowBlock, shard: VocabShard) -> Slopes:
+        """Both terms together, for probabilities [r, V_local]; ``kl`` is the matched one."""
         assert rows.topk_ids is not None
-        teacher = torch.exp(rows.topk_logprobs) * (rows.topk_ids >= 0)
-        partner = self.projection.common[rows.topk_ids.clamp_min(0)]
-        partner = torch.where(rows.topk_ids >= 0, partner, -1)
+        ids = rows.topk_ids.expand_as(rows.topk_logprobs)
+        teacher = torch.exp(rows.topk_logprobs) * (ids >= 0)
+        partner = torch.where(ids >= 0, self.projection.common[ids.clamp_min(0)], -1)
         listed = torch.where(partner < 0, teacher, 0.0)  # unmatched teacher mass in the top-k
         tail = torch.exp(rows.log_tail)
-        of_matched = support_slopes(
-            probs, partner, teacher, listed.sum(dim=-1) + tail, self.divergence, shard=shard
-        )
+        if self.rest_bin:
+            rest = listed.sum(dim=-1) + tail
+            matched = support_slopes(probs, partner, teacher, rest, self.divergence, shard=shard)
+        else:
+            matched = listed_without_rest(probs, partner, teacher, self.divergence, shard=shard)
+        common = self._common(shard)
         entries = torch.cat([listed, tail[:, None]], dim=1)
-        distance, column, sign = self._sorted_l1(probs, entries, shard)
-        mean = shard.sum((probs.gather(1, column) * sign).sum(dim=-1))
+        ranked = sorted_l1(
+            probs.index_select(1, common.student_rest),
+            largest(entries, entries.shape[1]),
+            top_u=self.top_u,
+            shard=shard,
+            width=common.rest_width,
+        )
         w_matched, w_unmatched = self.weights
-        ((matched_column, matched_excess),) = of_matched.parts
-        return of_matched.value, Slopes(
-            value=w_matched * of_matched.value + w_unmatched * distance,
-            rest=w_matched * of_matched.rest,
-            mean=w_matched * of_matched.mean + w_unmatched * mean,
+        ((column, excess),) = matched.parts
+        return Slopes(
+            kl=matched.value,
+            value=w_matched * matched.value + w_unmatched * ranked.value,
+            rest=w_matched * matched.rest,
+            mean=w_matched * matched.mean + w_unmatched * ranked.mean,
             parts=(
-                (matched_column, w_matched * matched_excess),
-                (column, w_unmatched * sign),
+                (column, w_matched * excess),
+                (common.student_rest[ranked.index], w_unmatched * ranked.slope),
             ),
         )
-
-    def _sorted_l1(
-        self, probs: Tensor, entries: Tensor, shard: VocabShard
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[r] sum of |q_(r) - p_(r)| over ranks; this shard's columns [r, U], the slopes there."""
-        uncommon = torch.ones(shard.size, dtype=torch.bool, device=probs.device)
-        column, mine = shard.local(self.projection.common.clamp_min(0))
-        uncommon[column[mine & (self.projection.common >= 0)]] = False
-        width = min(self.top_u, shard.size + shard.padding)  # alike on all shards
-        top, index = torch.where(uncommon, probs, 0.0).topk(min(width, shard.size), dim=-1)
-        top, index = _pad(top, width), _pad(index, width)
-        everyone = shard.gather_columns(top)
-        # stable: equal values keep the order of the shards, as one process would have them
-        student, order = torch.sort(everyone, dim=-1, descending=True, stable=True)
-        student, order = student[:, : self.top_u], order[:, : self.top_u]
-        teacher = torch.sort(entries, dim=-1, descending=True).values
-        ranks = max(student.shape[1], teacher.shape[1])
-        difference = _pad(student, ranks) - _pad(teacher, ranks)
-        sign = torch.sign(difference)[:, : student.shape[1]]
-        local = order - shard.rank_offset(width)
-        owned = (local >= 0) & (local < width)
-        target = index.gather(1, local.clamp(0, width - 1))
-        owned &= uncommon[target]
-        return difference.abs().sum(dim=-1), target, torch.where(owned, sign, 0.0)
 
 
 def adaptive_weights(common: Tensor) -> tuple[float, float]:
     """TRL's rule: the matched share of the teacher's vocabulary, and what is left."""
     matched = float((common >= 0).float().mean())
     return matched, 1.0 - matched
-
-
-def _pad(values: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]))

@@ -1,7 +1,7 @@
-"""The driver of all losses: logits given, value and gradient out, block by block.
+"""The driver of all losses: logits, or their factors, in; value and gradient out, block by block.
 
 Every loss of every teacher writes d(loss)/d(logits) in closed form while the block is warm; the
-autograd graph sees one node whose backward hands the finished gradient on.
+autograd graph sees one node whose backward hands the finished gradients on.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mopd.losses.base import Chunks, Coupled, Loss, LossOutput, LossSums, ProjectionRows
+from mopd.losses.cross_entropy import CROSS_ENTROPY, cross_entropy
 from mopd.losses.rows import blocks
-from mopd.losses.source import LogitsSource, Source
-from mopd.losses.vocab import VocabShard
+from mopd.losses.source import LinearSource, LogitsSource, Source
+from mopd.losses.vocab import ProcessGroup, VocabShard, sum_over
 from mopd.types import MicroBatch, StepBatch, TeacherRows
 
 # On a CPU a block and its few temporaries should stay in cache; a GPU wants large blocks.
@@ -35,32 +36,39 @@ class TeacherTerm:
 
 
 class _ClosedForm(torch.autograd.Function):
-    """A value with a gradient that is known already. Its backward runs once."""
+    """A value whose gradients in ``inputs`` are known already. Its backward runs once."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient
+    def forward(ctx, value: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
         return value
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
         if upstream.device.type != "cpu" or float(upstream) != 1.0:  # no wait for the device
-            gradient.mul_(upstream)
-        return gradient, None, None
+            for gradient in gradients:
+                gradient.mul_(upstream)
+        return None, None, *gradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillationHead:
-    """Objective sum_m weight_m S_m / D_m over the teachers, in one fixed order on every rank.
+    """Objective kd * sum_m weight_m S_m / D_m + ce * cross-entropy, in one order on every rank.
 
-    Called by the student step with vocabulary-parallel logits [B, L, V_local]. Blocks are upcast
-    to float32 (or stay float64); the logits as a whole never are.
+    The two scales are those of the batch (`mopd.losses.balance`).
+
+    Called by the student step with vocabulary-parallel logits [B, L, V_local], or through
+    `from_hidden` with what they are the product of. Blocks are upcast to float32 (or stay float64);
+    the logits as a whole never are.
+
+    ``context_group`` are the ranks that hold the other rows of the same micro-batch.
     """
 
     terms: Mapping[str, TeacherTerm]
     shard: VocabShard
     block_size: int | None = None  # rows; None: as many as fit BLOCK_ELEMENTS
+    context_group: ProcessGroup | None = None
 
     def __call__(self, logits: Tensor, micro: MicroBatch, batch: StepBatch) -> LossOutput:
         """``total`` is T * sum_m weight_m S_m / D_m with T the step's global number of tokens,
@@ -68,7 +76,23 @@ class DistillationHead:
         flat = logits.detach().reshape(-1, logits.shape[-1])
         source = LogitsSource(flat, self.shard)
         value, metrics = self._run(source, micro, batch)
-        total = _ClosedForm.apply(logits, value, source.finish().view_as(logits))
+        total = _ClosedForm.apply(value, (source.finish().view_as(logits),), logits)
+        return LossOutput(total=total, metrics=metrics)
+
+    def from_hidden(
+        self, hidden: Tensor, weight: Tensor, micro: MicroBatch, batch: StepBatch
+    ) -> LossOutput:
+        """The same for logits ``hidden [B, L, H] @ weight [V_local, H].T``, which never all exist.
+
+        The gradient of ``hidden`` is this vocabulary shard's part: whoever hands it in sums it over
+        the tensor-parallel ranks, as a column-parallel layer does.
+        """
+        flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        source = LinearSource(flat, weight.detach(), self.shard)
+        value, metrics = self._run(source, micro, batch)
+        of_hidden, of_weight = source.finish()
+        gradients = (of_hidden.view_as(hidden), of_weight)
+        total = _ClosedForm.apply(value, gradients, hidden, weight)
         return LossOutput(total=total, metrics=metrics)
 
     def _run(
@@ -80,11 +104,20 @@ class DistillationHead:
             payload = micro.rows.get(name)
             denominator = batch.denominators.get(name, 0.0)
             sums = LossSums(loss=torch.zeros_like(value), kl=torch.zeros_like(value))
-            if payload is not None and denominator > 0 and len(payload.position):
-                scale = term.weight * batch.num_tokens / denominator
+            # also without rows of its own: other context-parallel ranks may wait for its sums
+            if payload is not None and denominator > 0:
+                weight = batch.weights.get(name, term.weight) * batch.distillation_weight
+                scale = weight * batch.num_tokens / denominator
                 sums = self._teacher(source, payload, term, scale)
                 value = value + scale * sums.loss
             metrics[f"loss/{name}"], metrics[f"kl/{name}"] = sums.loss, sums.kl
+            metrics |= {f"{kind}/{name}": extra for kind, extra in sums.extra.items()}
+        if batch.crossentropy_weight > 0 and batch.num_response_tokens > 0:
+            scale = batch.crossentropy_weight * batch.num_tokens / batch.num_response_tokens
+            rows = self.block_size or self._block_rows(source.device)
+            total = cross_entropy(source, micro, self.shard, scale=scale, block_rows=rows)
+            metrics[f"loss/{CROSS_ENTROPY}"] = total
+            value = value + scale * total
         return value, metrics
 
     @torch.no_grad()
@@ -104,26 +137,33 @@ class DistillationHead:
                 like=like,
             )
         )
-        loss, kl, token_grad = like, like, None
+        loss, kl, extra, token_grad = like, like, {}, None
         if coupled:
-            measured = [term.loss.measure(source.read(b), b.rows, shard) for b in cut]
-            joined = _couple(term.loss, torch.cat(measured), payload)
-            loss, token_grad = loss + joined.loss, joined.token_grad
-        for block in cut:
+            measured = [term.loss.measure(source.read(b), b.rows, shard) for b in source.visit(cut)]
+            token_logprob = torch.cat(measured) if measured else like.new_zeros(0)
+            joined = _couple(term.loss, token_logprob, payload, group=self.context_group)
+            loss, kl, extra = loss + joined.loss, kl + joined.kl, joined.extra
+            token_grad = joined.token_grad
+        for block in source.visit(cut):
             slope = None if token_grad is None else token_grad[block.tokens]
             out = source.buffer(block)
             sums = term.loss.grad(source.read(block), out, block.rows, slope, shard, scale=scale)
             source.add(block, out)
             loss, kl = loss + sums.loss, kl + sums.kl
-        return LossSums(loss=loss, kl=kl)
+        return LossSums(loss=loss, kl=kl, extra=extra)
 
     def _block_rows(self, device: torch.device) -> int:
         elements = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_DEVICE)
         return max(MIN_ROWS, min(MAX_ROWS, elements // max(self.shard.size, 1)))
 
 
-def _couple(loss: Loss, token_logprob: Tensor, payload: TeacherRows) -> Coupled:
-    """Chunk sums on every rank alike, then the slope of each token's log-probability."""
+def _couple(
+    loss: Loss, token_logprob: Tensor, payload: TeacherRows, *, group: ProcessGroup | None
+) -> Coupled:
+    """Chunk sums on every rank alike, then the slope of each token's log-probability.
+
+    Over ``group`` the sums are those of whole chunks, and each rank has the slopes of its tokens.
+    """
 
     def tensor(array: np.ndarray) -> Tensor:
         if array.dtype.kind == "f":
@@ -137,7 +177,9 @@ def _couple(loss: Loss, token_logprob: Tensor, payload: TeacherRows) -> Coupled:
         size=tensor(payload.chunk_size),
         weight=tensor(payload.chunk_weight),
         owned=tensor(payload.chunk_owned),
+        sequence=tensor(payload.chunk_sequence),
     )
+    plain = token_logprob if token_logprob.dim() == 1 else token_logprob[:, 0]
     total = torch.zeros_like(chunks.teacher_logprob)
-    total.index_add_(0, chunks.token_chunk, token_logprob)
-    return loss.couple(token_logprob, total, chunks)
+    total.index_add_(0, chunks.token_chunk, plain)
+    return loss.couple(token_logprob, sum_over(total, group), chunks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -50,7 +51,8 @@ def blocks(
 ) -> Iterator[Block]:
     """Blocks of at most ``block_size`` rows, in order of position.
 
-    Only boundary and native rows are visited, plus the rows inside chunks if ``with_tokens``.
+    Only boundary and native rows are visited, plus the rows inside chunks if ``with_tokens``. Then
+    no chunk is cut (a loss may merge its rows), and one that is longer makes a longer block.
     Tensors take the device of ``like``; probabilities its dtype.
     """
     token_positions = payload.token_position if with_tokens else payload.token_position[:0]
@@ -67,12 +69,27 @@ def blocks(
             ("native", payload.native_position),
         )
     }
-    for begin in range(0, len(visited), block_size):
-        positions = visited[begin : begin + block_size]
+    chunk = np.full(len(visited), -1, dtype=np.int64)
+    chunk[np.searchsorted(visited, token_positions)] = payload.token_chunk[: len(token_positions)]
+    for begin, end in pairwise(_cuts(chunk, block_size)):
+        positions = visited[begin:end]
         low, high = int(positions[0]), int(positions[-1]) + 1
         cuts = {name: bound.cut(low, high) for name, bound in bounds.items()}
         rows = _row_block(payload, positions, cuts, projection=projection, like=like)
         yield Block(positions=positions, rows=rows, tokens=cuts["token"])
+
+
+def _cuts(chunk: np.ndarray, block_size: int) -> list[int]:
+    """Where blocks begin, and the end; rows of one ``chunk`` [n] (-1: of none) stay together."""
+    joined = (chunk[1:] == chunk[:-1]) & (chunk[1:] >= 0)
+    allowed = np.concatenate([[0], np.flatnonzero(~joined) + 1, [len(chunk)]])
+    cuts = [0]
+    while cuts[-1] < len(chunk):
+        furthest = int(np.searchsorted(allowed, cuts[-1] + block_size, side="right")) - 1
+        if allowed[furthest] <= cuts[-1]:
+            furthest += 1
+        cuts.append(int(allowed[furthest]))
+    return cuts
 
 
 def _row_block(

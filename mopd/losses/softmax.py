@@ -26,6 +26,7 @@ class Slopes:
     rest: Tensor  # [r]: dD/dq of a column that no part names
     mean: Tensor  # [r]: sum of q * excess over all shards
     parts: tuple[tuple[Tensor, Tensor], ...]
+    kl: Tensor | None = None  # [r] the divergence in it, where ``value`` holds other terms too
 
 
 class RowGradient:
@@ -48,7 +49,7 @@ class RowGradient:
         self._base -= mean if whole else torch.zeros_like(self._base).index_add_(0, rows, mean)
         for columns, excess in slopes.parts:
             if columns.dim() == 1:
-                at = (self._probs if probs is not None else self._probs[rows])[:, columns]
+                at = rows_of(self._probs, rows).index_select(1, columns)
             elif probs is not None:
                 at = probs.gather(1, columns)
             else:
@@ -57,8 +58,16 @@ class RowGradient:
             self._parts.append((None if whole else rows, columns, amount))
 
     def add_points(self, rows: Tensor, columns: Tensor, amount: Tensor) -> None:
-        """Entries that already are gradients in the logits and add up to 0 within each row."""
+        """Entries that already are gradients in the logits."""
         self._points.append((rows, columns, amount))
+
+    def add_logprobs(self, rows: Tensor, columns: Tensor, amount: Tensor, *, mine: Tensor) -> None:
+        """``amount`` [t] times log p of one column in each of ``rows`` [t].
+
+        ``columns`` are local and clamped; ``mine`` tells which of them live on this shard.
+        """
+        self._base -= torch.zeros_like(self._base).index_add_(0, rows, amount)
+        self.add_points(rows, columns, torch.where(mine, amount, 0.0))
 
     def write(self, scale: float) -> None:
         """``probs`` becomes ``scale`` times the gradient."""

@@ -1,4 +1,4 @@
-"""The vocabulary as one rank sees it: the only collectives of the losses.
+"""The vocabulary as one rank sees it, and the only collectives of the losses.
 
 Gradients are written in closed form beside their values, so these reductions need no autograd:
 what a rank computes from summed quantities is already the gradient of its own columns.
@@ -11,6 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+ProcessGroup = dist.ProcessGroup
+
+
+def sum_over(value: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over the ranks of ``group``, in place; ``value`` itself where there is no group."""
+    if group is not None:
+        dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
+    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,13 +34,11 @@ class VocabShard:
     size: int
     vocab_size: int
     padding: int = 0  # columns that `without_padding` took away; other shards may have kept theirs
-    group: dist.ProcessGroup | None = None
+    group: ProcessGroup | None = None
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over the shards, in place."""
-        if self.group is not None:
-            dist.all_reduce(value, op=dist.ReduceOp.SUM, group=self.group)
-        return value
+        return sum_over(value, self.group)
 
     def max(self, value: Tensor) -> Tensor:
         """Maximum over the shards, in place."""

@@ -27,7 +27,7 @@ def build_projection(
         ConfigError: a role names what is not one token.
         ArtifactError: embeddings that do not belong to the two vocabularies.
     """
-    pieces, kind = _pieces(student, teacher, options)
+    pieces, kind = teacher_pieces(student, teacher, options)
     fold = _fold(student, teacher, pieces=pieces, kind=kind, options=options)
     similar: dict[int, dict[int, float]] = {}
     if options.similarity is not None:
@@ -51,7 +51,7 @@ def build_projection(
     )
 
 
-def _pieces(
+def teacher_pieces(
     student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions
 ) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """Per student token: the teacher ids that spell it (empty: none), and the kind of its row."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,23 @@ from mopd.errors import ConfigError
 from mopd.losses.head import DistillationHead
 from mopd.losses.vocab import VocabShard
 from mopd.metrics.span import Spans
-from mopd.projection import ProjectionOptions, ProjectionStore
+from mopd.projection import ProjectionStore
 from mopd.rollout.base import Sampler
 from mopd.rollout.hf import HfSampler
 from mopd.rollout.replay import ReplaySampler
+from mopd.runtime.aligner import Aligner, AlignOptions
 from mopd.runtime.data import PromptSource, Router, read_prompts
 from mopd.runtime.feed import Feed, FeedOptions
-from mopd.runtime.objective import active_teachers, loss_name, payload_options, teacher_terms
+from mopd.runtime.learned import learned_companions
+from mopd.runtime.objective import step_objective, teacher_terms
+from mopd.runtime.payloads import (
+    Pair,
+    active_teachers,
+    loss_name,
+    pairs,
+    payload_options,
+    projection_options,
+)
 from mopd.runtime.replica import sum_over_leads
 from mopd.serving.journal import Journal, journal_path
 from mopd.student.model import StudentModel, build_student
@@ -51,6 +61,7 @@ class Run:
     directory: Path
     topology: Topology
     student: Student
+    pairs: Mapping[str, Pair]
     tokenizer: ChatTokenizer
     sampler: Sampler | None
     pool: TeacherPool | None
@@ -82,11 +93,11 @@ def build_run(config: RunConfig) -> Run:
     _check_tokenizers(config, tokenizers)
 
     topology = initialize(config.student.parallel, backend=backend, seed=config.run.seed)
-    projections = _projections(config, tokenizers, topology)
+    found = _pairs(config, tokenizers, topology)
     model = build_student(
         config.student.model, topology=topology, dtype=DTYPES[config.student.dtype]
     )
-    student = _student(config, model, tokenizers, projections)
+    student = _student(config, model, tokenizers, found)
     directory = Path(config.run.dir) / config.run.name
     sampler = pool = feed = journal = None
     spans = Spans()
@@ -94,36 +105,22 @@ def build_run(config: RunConfig) -> Run:
         sampler = _sampler(config, tokenizers.student, topology)
         pool = _teachers(config, tokenizers, topology)
         journal = Journal(journal_path(directory, topology.dp_rank))
-        feed = Feed(
-            source=PromptSource(
-                prompts,
-                num_prompts_per_step=config.train.num_prompts_per_step,
-                seed=config.run.seed,
-                balance=config.train.balance_domains,
-            ),
+        feed = _feed(
+            config,
+            found,
+            prompts=prompts,
             sampler=sampler,
             pool=pool,
-            student=tokenizers.student,
-            payload={
-                name: payload_options(config, teacher, projections.get(name))
-                for name, teacher in active_teachers(config).items()
-            },
+            tokenizers=tokenizers,
             journal=journal,
-            options=FeedOptions(
-                micro_batch_size=config.train.micro_batch_size,
-                alignment=config.distillation.alignment,
-                max_failed_share=config.distillation.max_failed_share,
-                dp_rank=topology.dp_rank,
-                dp_size=topology.dp_size,
-                sum_over_replicas=lambda values: sum_over_leads(topology, values),
-            ),
-            spans=spans,
+            run=(topology, spans),
         )
     return Run(
         config=config,
         directory=directory,
         topology=topology,
         student=student,
+        pairs=found,
         tokenizer=tokenizers.student,
         sampler=sampler,
         pool=pool,
@@ -168,36 +165,90 @@ def _check_tokenizers(config: RunConfig, tokenizers: _Tokenizers) -> None:
             )
 
 
-def _projections(
-    config: RunConfig, tokenizers: _Tokenizers, topology: Topology
-) -> dict[str, Projection]:
+def _pairs(config: RunConfig, tokenizers: _Tokenizers, topology: Topology) -> dict[str, Pair]:
     """One rank builds what is missing, the others read it; all stay on the CPU."""
     store = ProjectionStore(Path(config.cache_dir) / "projections")
-    options = ProjectionOptions(max_length=config.ctkd.max_length, gamma=config.ctkd.gamma)
+    options = projection_options(config)
     student = tokenizers.student.vocabulary
-    needed = [n for n, t in active_teachers(config).items() if loss_name(config, t) != "kl"]
+    teachers = {name: chat.vocabulary for name, chat in tokenizers.teachers.items()}
+    sections = active_teachers(config)
+    needed = [n for n, t in sections.items() if loss_name(config, t) not in ("kl", "opd")]
 
     def read() -> dict[str, Projection]:
         return {
             name: store.get(
-                student,
-                tokenizers.teachers[name].vocabulary,
-                options,
-                path=config.teachers[name].projection_matrix_path,
+                student, teachers[name], options, path=sections[name].projection_matrix_path
             )
             for name in needed
         }
 
     found = read() if topology.rank == 0 else {}
     dist.barrier()
-    return found or read()
+    return pairs(config, found or read(), student=student, teachers=teachers)
+
+
+def _feed(
+    config: RunConfig,
+    found: Mapping[str, Pair],
+    *,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    pool: TeacherPool,
+    tokenizers: _Tokenizers,
+    journal: Journal,
+    run: tuple[Topology, Spans],
+) -> Feed:
+    topology, spans = run
+    section, student = config.distillation, tokenizers.student
+    objective = step_objective(config, (prompt.domain for prompt in prompts))
+    payload = {
+        name: payload_options(
+            config,
+            pair,
+            student=student.vocabulary,
+            teacher=tokenizers.teachers[name].vocabulary,
+        )
+        for name, pair in found.items()
+    }
+    return Feed(
+        source=PromptSource(
+            prompts,
+            num_prompts_per_step=config.train.num_prompts_per_step,
+            seed=config.run.seed,
+            balance=config.train.balance_domains,
+        ),
+        sampler=sampler,
+        pool=pool,
+        student=student,
+        aligner=Aligner(
+            student=student,
+            teachers=tokenizers.teachers,
+            payload=payload,
+            objective=objective,
+            options=AlignOptions(
+                by_position=section.alignment == "position",
+                canonical_prefix=section.positions == "canonical_prefix",
+                shared_columns=section.shared_columns,
+            ),
+        ),
+        journal=journal,
+        options=FeedOptions(
+            objective=objective,
+            micro_batch_size=config.train.micro_batch_size,
+            max_failed_share=section.max_failed_share,
+            dp_rank=topology.dp_rank,
+            dp_size=topology.dp_size,
+            sum_over_replicas=lambda values: sum_over_leads(topology, values),
+        ),
+        spans=spans,
+    )
 
 
 def _student(
     config: RunConfig,
     model: StudentModel,
     tokenizers: _Tokenizers,
-    projections: Mapping[str, Projection],
+    found: Mapping[str, Pair],
 ) -> Student:
     topology = model.topology
     size = model.padded_vocab_size // topology.tp_size
@@ -208,10 +259,9 @@ def _student(
             f"student.tokenizer has {vocab_size} tokens and student.model only {model.vocab_size}; "
             "name the tokenizer that belongs to the model"
         )
+    terms = teacher_terms(config, found, start=start, end=start + size, device=topology.device)
     head = DistillationHead(
-        terms=teacher_terms(
-            config, projections, start=start, end=start + size, device=topology.device
-        ),
+        terms=terms,
         shard=VocabShard(start=start, size=size, vocab_size=vocab_size, group=topology.tp_group),
     )
     optimizer, scheduler = build_optimizer(
@@ -223,6 +273,8 @@ def _student(
         scheduler=scheduler,
         loss_function=head,
         clip_grad=config.student.optimizer.clip_grad,
+        fused_head=config.student.fused_head,
+        companions=learned_companions(config, terms, found),
     )
 
 

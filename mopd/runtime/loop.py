@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from mopd.errors import DidNotLearnError, MopdError
+from mopd.losses.balance import Balance
+from mopd.losses.cross_entropy import CROSS_ENTROPY
 from mopd.metrics.metric import means, merge, values
 from mopd.metrics.sinks import Sink
 from mopd.metrics.summary import Summary
@@ -23,6 +25,8 @@ from mopd.runtime.evaluate import (
     student_scores,
     teacher_scores,
 )
+from mopd.runtime.learned import save_learned_projections
+from mopd.runtime.objective import loss_balance, static_weights
 from mopd.runtime.replica import from_lead, gather_leads, sum_over_leads
 from mopd.serving.journal import drop_stale_journals
 from mopd.student import checkpoint
@@ -42,6 +46,7 @@ class State:
     before: Scores = field(default_factory=dict)
     teachers: dict[str, float | None] = field(default_factory=dict)
     chunks: dict[str, dict[str, float]] = field(default_factory=dict)
+    balance: dict[str, float | None] = field(default_factory=dict)
     skipped_in_a_row: int = 0
     seconds: float = 0.0
 
@@ -65,8 +70,10 @@ def train(run: Run, sink: Sink) -> Summary:
     for step in range(state.step, config.train.steps):
         began = time.perf_counter()
         batch = from_lead(run.topology, run.feed.take(step) if run.feed else None)
+        batch = _balanced(run, state, batch)
         with run.spans("train"):
             result = run.student.train_step(batch)
+        _rebalance(run, state, batch, result)
         with run.spans("sync"):
             _push(run, step + 1)
         state.step = step + 1
@@ -138,6 +145,37 @@ def _stop_if_stuck(state: State, result: StepResult) -> None:
         )
 
 
+def _balanced(run: Run, state: State, batch: StepBatch) -> StepBatch:
+    """The batch with what the teachers' losses and the cross entropy count in this step."""
+    distillation, crossentropy = _balance(run, state).scales()
+    return replace(batch, distillation_weight=distillation, crossentropy_weight=crossentropy)
+
+
+def _balance(run: Run, state: State) -> Balance:
+    balance = loss_balance(run.config)
+    return balance.from_state(state.balance) if state.balance else balance
+
+
+def _rebalance(run: Run, state: State, batch: StepBatch, result: StepResult) -> None:
+    """Global means of the step, the same on every rank."""
+    balance = _balance(run, state)
+    if result.skipped or balance.mode == "fixed":
+        return
+    weights = {**static_weights(run.config), **batch.weights}
+    distilled = sum(
+        weight * _mean(f"loss/{name}", result, batch) for name, weight in weights.items()
+    )
+    crossed = _mean(f"loss/{CROSS_ENTROPY}", result, batch)
+    state.balance = balance.update(distilled, crossed).state()
+
+
+def _mean(name: str, result: StepResult, batch: StepBatch) -> float:
+    """Of a sum that a loss reported: over the teacher's rows, or over the response tokens."""
+    of = name.split("/", 1)[1]
+    count = batch.num_response_tokens if of == CROSS_ENTROPY else batch.denominators[of]
+    return result.metrics.get(name, 0.0) / max(count, 1.0)
+
+
 def _log(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seconds: float) -> None:
     line: dict[str, float] = {
         "loss": result.loss,
@@ -145,8 +183,8 @@ def _log(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seconds:
         "lr": result.lr,
         "skipped": float(result.skipped),
     }
-    for name, total in result.metrics.items():  # loss/<teacher>, kl/<teacher>
-        line[name] = total / max(batch.denominators[name.split("/", 1)[1]], 1.0)
+    for name in result.metrics:  # loss/<teacher>, kl/<teacher>, loss/cross_entropy
+        line[name] = _mean(name, result, batch)
     if run.feed is None:
         return
     # every lead knows its own rollouts; the line shows all of them
@@ -196,6 +234,7 @@ def _finish(run: Run, state: State, *, seconds: float) -> Summary:
     assert source is not None
     if run.topology.dp_rank == 0:
         save_hf(run.student.model, run.directory / "hf", source_dir=source)
+    save_learned_projections(run.student, run.pairs, run.directory / "projections")
     return Summary(
         steps=state.step,
         seconds=seconds,

@@ -1,127 +1,213 @@
-"""A recipe's objective: which loss each teacher has, with which payload and which weight."""
+"""A recipe's objective: which loss each teacher has, and with which weight."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 
-from mopd.align.paths import PathOptions
-from mopd.align.payload import PayloadOptions
-from mopd.config.schema import DivergenceSection, RunConfig, TeacherSection
+from mopd.config.schema import DivergenceSection, RunConfig
+from mopd.losses.balance import Balance
 from mopd.losses.base import Loss
 from mopd.losses.ctkd import CtkdLoss
 from mopd.losses.divergence import Divergence
 from mopd.losses.gold import GoldLoss, adaptive_weights
 from mopd.losses.head import TeacherTerm
 from mopd.losses.kl import KlLoss
+from mopd.losses.opd import BOUNDS, OpdLoss
 from mopd.projection import ProjectionShard
+from mopd.projection.common import relaxed_common
+from mopd.projection.learned import LearnedShard
+from mopd.runtime.collate import Objective
+from mopd.runtime.payloads import Pair, active_teachers
+from mopd.runtime.weights import Normalizer
 from mopd.types import Projection
 
-
-def active_teachers(config: RunConfig) -> dict[str, TeacherSection]:
-    """Teachers of weight 0 are not loaded: they change nothing."""
-    return {name: teacher for name, teacher in config.teachers.items() if teacher.weight > 0}
+Shard = ProjectionShard | LearnedShard
 
 
-def loss_name(config: RunConfig, teacher: TeacherSection) -> str:
-    """The teacher's own loss, else the recipe's."""
-    return teacher.loss or config.distillation.loss
+def static_weights(config: RunConfig) -> dict[str, float]:
+    """The recipe's weights of the teachers that are loaded, normalised to 1."""
+    teachers = active_teachers(config)
+    total = sum(teacher.weight for teacher in teachers.values())
+    return {name: teacher.weight / total for name, teacher in teachers.items()}
+
+
+def step_objective(config: RunConfig, domains: Iterable[str]) -> Objective:
+    """How a step weighs its rows; ``domains`` are all that the data has."""
+    section = config.distillation
+    weights = static_weights(config)
+    weighting, selection = section.teacher_weighting, section.teacher_selection
+    return Objective(
+        weights=weights,
+        normalizer=Normalizer(
+            teachers=tuple(weights),
+            domains=tuple(sorted(set(domains))),
+            normalization=section.normalization,
+            by_domain=section.domain_normalization == "tokens",
+        ),
+        score=None if weighting == "static" else weighting,
+        selection=None if selection == "none" else selection,
+        selection_score=section.selection_score,
+        sharpness=section.sharpness,
+    )
+
+
+def loss_balance(config: RunConfig) -> Balance:
+    """How much the teachers' losses and the cross entropy count."""
+    section = config.distillation
+    return Balance(
+        mode=section.balance,
+        lambda_kd=section.distillation_weight,
+        lambda_ce=section.crossentropy_weight,
+        decay=section.balance_decay,
+    )
 
 
 def teacher_terms(
     config: RunConfig,
-    projections: Mapping[str, Projection],
+    pairs: Mapping[str, Pair],
     *,
     start: int,
     end: int,
     device: torch.device,
 ) -> dict[str, TeacherTerm]:
-    """One term per teacher, weights normalised; ``start:end`` are this rank's vocabulary rows."""
-    teachers = active_teachers(config)
-    total_weight = sum(teacher.weight for teacher in teachers.values())
+    """One term per teacher, in one order on all ranks; ``start:end`` are this rank's tokens."""
+    weights = static_weights(config)
     terms = {}
-    for name, teacher in teachers.items():
+    for name, pair in pairs.items():
         shard = None
-        if name in projections:
-            shard = ProjectionShard(projections[name], start=start, end=end, device=device)
+        if pair.projection is not None:
+            shard = _shard(config, pair, pair.projection, start=start, end=end, device=device)
         terms[name] = TeacherTerm(
-            loss=_loss(config, loss_name(config, teacher), shard),
-            weight=teacher.weight / total_weight,
-            projection=shard,
+            loss=_LOSSES[pair.loss](config, shard), weight=weights[name], projection=shard
         )
     return terms
 
 
-def payload_options(
-    config: RunConfig, teacher: TeacherSection, projection: Projection | None
-) -> PayloadOptions:
-    """What a teacher's rows carry: the fold and path terms for ctkd, the bare top-k otherwise."""
-    temperature = config.distillation.temperature
-    if projection is None or loss_name(config, teacher) != "ctkd":
-        return PayloadOptions(temperature=temperature)
-    path = PathOptions(
-        trie=projection.trie,
-        paths=projection.trie.paths(),
-        fold=projection.fold,
-        max_length=config.ctkd.max_length,
-    )
-    return PayloadOptions(
-        temperature=temperature,
-        fold=_fold(config, projection),
-        path=path if config.ctkd.path_terms else None,
-    )
-
-
-def _fold(config: RunConfig, projection: Projection) -> np.ndarray:
-    """``rest`` sends the mass of teacher tokens that the student lacks to the tail instead."""
-    if config.ctkd.unreachable == "fold":
-        return projection.fold
-    return np.where(projection.folded, projection.teacher_size, projection.fold)
+def _shard(
+    config: RunConfig,
+    pair: Pair,
+    projection: Projection,
+    *,
+    start: int,
+    end: int,
+    device: torch.device,
+) -> Shard:
+    if pair.loss == "ctkd" and config.ctkd.learned.enabled:
+        return LearnedShard(projection, start=start, end=end, device=device, dtype=torch.float32)
+    shard = ProjectionShard(projection, start=start, end=end, device=device)
+    threshold = config.ctkd.hkl.threshold
+    if pair.loss == "hkl" and threshold is not None:
+        return shard.with_common(relaxed_common(projection, threshold))
+    if pair.loss == "uld":
+        return shard.with_common(np.full(projection.teacher_size, -1))
+    return shard
 
 
 def _divergence(section: DivergenceSection) -> Divergence:
     return Divergence(**section.model_dump())
 
 
-def _loss(config: RunConfig, name: str, shard: ProjectionShard | None) -> Loss:
-    temperature = config.distillation.temperature
-    scale = temperature**2 if config.distillation.scale_by_t2 else 1.0
-    if name == "kl" or shard is None:
-        return KlLoss(
-            divergence=_divergence(config.kl.divergence),
-            temperature=temperature,
-            value_scale=scale,
-        )
-    if name == "ctkd":
-        return CtkdLoss(
-            projection=shard,
-            divergence=_divergence(config.ctkd.divergence),
-            temperature=temperature,
-            value_scale=scale,
-            lambda_chunk=config.ctkd.lambda_chunk,
-        )
-    if name == "uld":
-        return GoldLoss(
-            projection=shard.without_common(),
-            divergence=_divergence(config.gold.divergence),
-            temperature=temperature,
-            value_scale=scale,
-            weights=(0.0, 1.0),
-            top_u=config.uld.top_u,
-            lambda_chunk=0.0,
-        )
+def _value_scale(config: RunConfig) -> float:
+    section = config.distillation
+    return section.temperature**2 if section.scale_by_t2 else 1.0
+
+
+def _kl(config: RunConfig, shard: Shard | None) -> Loss:
+    return KlLoss(
+        divergence=_divergence(config.kl.divergence),
+        temperature=config.distillation.temperature,
+        value_scale=_value_scale(config),
+        support=config.kl.support,
+        support_top_k=config.kl.support_top_k,
+    )
+
+
+def _ctkd(config: RunConfig, shard: Shard | None) -> Loss:
+    section = config.ctkd
+    return CtkdLoss(
+        projection=_given(shard),
+        divergence=_divergence(section.divergence),
+        temperature=config.distillation.temperature,
+        value_scale=_value_scale(config),
+        lambda_chunk=section.lambda_chunk,
+        merge="boundary" if section.merge == "decayed" else section.merge,
+    )
+
+
+def _hkl(config: RunConfig, shard: Shard | None) -> Loss:
+    section, own = config.ctkd, config.ctkd.hkl
+    return GoldLoss(
+        projection=_given(shard),
+        divergence=_divergence(section.divergence),
+        temperature=config.distillation.temperature,
+        value_scale=_value_scale(config),
+        weights=(1.0, own.lambda_uld),
+        top_u=own.top_u,
+        rest_bin=own.rest_bin,
+        lambda_chunk=section.lambda_chunk,
+        merge="boundary" if section.merge == "decayed" else section.merge,
+    )
+
+
+def _gold(config: RunConfig, shard: Shard | None) -> Loss:
     gold = config.gold
     given = (gold.matched_weight, gold.unmatched_weight)
     return GoldLoss(
-        projection=shard,
+        projection=_given(shard),
         divergence=_divergence(gold.divergence),
-        temperature=temperature,
-        value_scale=scale,
-        weights=adaptive_weights(shard.common)
+        temperature=config.distillation.temperature,
+        value_scale=_value_scale(config),
+        weights=adaptive_weights(_given(shard).common)
         if given[0] is None or given[1] is None
         else (given[0], given[1]),
         top_u=gold.top_u,
+        rest_bin=gold.rest_bin,
         lambda_chunk=gold.lambda_chunk,
+        merge=gold.merge,
     )
+
+
+def _uld(config: RunConfig, shard: Shard | None) -> Loss:
+    return GoldLoss(
+        projection=_given(shard),
+        divergence=_divergence(config.gold.divergence),
+        temperature=config.distillation.temperature,
+        value_scale=_value_scale(config),
+        weights=(0.0, 1.0),
+        top_u=config.uld.top_u,
+        lambda_chunk=0.0,
+    )
+
+
+def _opd(config: RunConfig, shard: Shard | None) -> Loss:
+    opd = config.opd
+    bounds = BOUNDS[opd.importance]
+    if opd.lower is not None and opd.upper is not None:
+        bounds = (opd.lower, opd.upper)
+    return OpdLoss(
+        importance=opd.importance,
+        bounds=bounds,
+        max_advantage=opd.max_advantage,
+        policy=opd.policy,
+        discount=opd.discount,
+        iw_gamma=opd.iw_gamma,
+        sampling_temperature=config.rollout.temperature,
+    )
+
+
+def _given(shard: Shard | None) -> Shard:
+    assert shard is not None, "a loss across tokenizers without its projection"
+    return shard
+
+
+_LOSSES: Mapping[str, Callable[[RunConfig, Shard | None], Loss]] = {
+    "kl": _kl,
+    "ctkd": _ctkd,
+    "hkl": _hkl,
+    "gold": _gold,
+    "uld": _uld,
+    "opd": _opd,
+}

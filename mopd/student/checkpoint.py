@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mopd.student.files import (
 )
 from mopd.student.parallel import Topology
 from mopd.student.rng import capture_rng, restore_rng
-from mopd.student.step import Student
+from mopd.student.step import Companion, Student
 
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{6,})")
@@ -118,7 +119,8 @@ def _write_own_files(part: Path, student: Student) -> dict[str, str]:
 
 
 def _shard_tensors(student: Student) -> dict[str, torch.Tensor]:
-    """`model.<name>`, `main.<name>` where it differs, `optim.<key>.<name>` of every parameter."""
+    """`model.<name>`, `main.<name>` where it differs, `optim.<key>.<name>` of every parameter,
+    `companion.<owner>.<name>` of what is trained beside them."""
     tensors = {}
     states = student.optimizer.optimizer.state
     for name, parameter in student.model.gpt.named_parameters():
@@ -128,7 +130,14 @@ def _shard_tensors(student: Student) -> dict[str, torch.Tensor]:
             tensors["main." + name] = main.detach().contiguous()
         for key, value in states.get(main, {}).items():
             tensors[f"optim.{key}.{name}"] = value.detach().contiguous()
+    for owner, companion in _companions(student).items():
+        for name, array in companion.state().items():
+            tensors[f"companion.{owner}.{name}"] = torch.from_numpy(array)
     return tensors
+
+
+def _companions(student: Student) -> Mapping[str, Companion]:
+    return student.companions.members if student.companions is not None else {}
 
 
 def _load_shard(tensors: dict[str, torch.Tensor], student: Student) -> None:
@@ -144,6 +153,10 @@ def _load_shard(tensors: dict[str, torch.Tensor], student: Student) -> None:
                 for key, value in tensors.items()
                 if key.startswith("optim.") and key.split(".", 2)[2] == name
             }
+    for owner, companion in _companions(student).items():
+        prefix = f"companion.{owner}."
+        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        companion.restore({name: tensor.cpu().numpy() for name, tensor in own.items()})
 
 
 def _problem(path: Path, topology: Topology) -> str | None:

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mopd.config.model_shape import Llama3Rope, ModelShape, read_model_config
+from mopd.student import output
 from mopd.student.hf_io import load_hf
 from mopd.student.parallel import Topology
 from mopd.student.spec import decoder_spec
@@ -32,6 +33,7 @@ from mopd.student.spec import decoder_spec
 class StudentModel:
     """One rank's stage. Logits of the last stage are [B, L, padded_vocab_size / tp_size].
 
+    Within `mopd.student.output.hidden_output` it gives hidden states [B, L, H] in their place.
     Columns from `vocab_size` on belong to no token: their weights are zero and losses mask them.
     """
 
@@ -71,6 +73,7 @@ def build_student(
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
     )
+    output.install(gpt)
     _set_rotary_frequencies(gpt, shape, topology.device)
     _mark_shards(gpt)
     load_hf(gpt, model_dir, shape=shape, topology=topology)

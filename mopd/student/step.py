@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,10 +18,51 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mopd.losses.base import LossOutput
 from mopd.student.model import StudentModel
+from mopd.student.output import hidden_output, output_weight
 from mopd.types import MicroBatch, StepBatch
 
 LossFunction = Callable[[torch.Tensor, MicroBatch, StepBatch], LossOutput]
 HOST = torch.device("cpu")
+
+
+@runtime_checkable
+class FusedLossFunction(Protocol):
+    """A loss that takes hidden states [B, L, H] and the output weight [V_local, H] as well.
+
+    Its gradient in the hidden states is the part of this vocabulary shard.
+    """
+
+    def __call__(
+        self, logits: torch.Tensor, micro: MicroBatch, batch: StepBatch, /
+    ) -> LossOutput: ...
+
+    def from_hidden(
+        self, hidden: torch.Tensor, weight: torch.Tensor, micro: MicroBatch, batch: StepBatch, /
+    ) -> LossOutput: ...
+
+
+class Companion(Protocol):
+    """Weights that the loss itself trains beside the model, one shard per vocabulary shard.
+
+    The loss adds to ``gradient``, at the loss's scale (times the step's tokens); `step` goes down
+    it and clears it.
+    """
+
+    gradient: torch.Tensor
+
+    def step(self, lr: float) -> None: ...
+
+    def state(self) -> dict[str, np.ndarray]: ...
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Companions:
+    """By name, with their learning rate."""
+
+    members: Mapping[str, Companion]
+    lr: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +82,9 @@ class Student:
     `loss_function(logits [B, L, V_local], micro_batch, batch)` runs on last-stage ranks. With T
     real tokens in the whole step and a loss sum_j lambda_j S_j / D_j, its totals add up, over all
     micro-batches of all replicas, to T * sum_j lambda_j S_j / D_j.
+
+    With ``fused_head`` a `FusedLossFunction` gets hidden states and the output weight instead, and
+    logits never exist as a whole.
     """
 
     def __init__(
@@ -48,13 +93,21 @@ class Student:
         model: StudentModel,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
-        loss_function: LossFunction,
+        loss_function: LossFunction | FusedLossFunction,
         clip_grad: float,
+        fused_head: bool,
+        companions: Companions | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.companions = companions
         self._loss_function = loss_function
+        self._from_hidden = (
+            loss_function.from_hidden
+            if fused_head and isinstance(loss_function, FusedLossFunction)
+            else None
+        )
         self._clip_grad = clip_grad
         self._forward_backward = get_forward_backward_func()
 
@@ -65,7 +118,9 @@ class Student:
         """
         self.model.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(batch.micro_batches, partial(self._loss, batch=batch))
+        fused = self._from_hidden is not None
+        with hidden_output(self.model.gpt) if fused else nullcontext():
+            outputs = self._run(batch.micro_batches, partial(self._loss, batch=batch))
         sums = self._share(_sum_metrics(outputs))
         num_tokens = sums.pop(_TOKENS)
         if num_tokens != batch.num_tokens:
@@ -79,6 +134,7 @@ class Student:
         if not skipped:
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(1)
+        self._step_companions(num_tokens, skipped=skipped)
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, metrics=sums, skipped=skipped)
 
     def forward_logits(self, tokens: np.ndarray) -> torch.Tensor:
@@ -135,16 +191,20 @@ class Student:
 
     def _loss(self, micro_batch: MicroBatch, *, batch: StepBatch) -> Callable[..., Any]:
         def compute(
-            logits: torch.Tensor,
+            last: torch.Tensor,
         ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            output = self._loss_function(logits, micro_batch, batch)
+            if self._from_hidden is None:
+                output = self._loss_function(last, micro_batch, batch)
+            else:
+                weight = output_weight(self.model.gpt)
+                output = self._from_hidden(last, weight, micro_batch, batch)
             num_tokens = int(micro_batch.lengths.sum())
             metrics = {
                 **{name: value.detach() for name, value in output.metrics.items()},
                 _LOSS: output.total.detach(),
                 _TOKENS: torch.tensor(float(num_tokens)),
             }
-            count = torch.tensor(num_tokens, dtype=torch.int, device=logits.device)
+            count = torch.tensor(num_tokens, dtype=torch.int, device=last.device)
             return output.total, count, metrics
 
         return compute
@@ -164,6 +224,18 @@ class Student:
             box, src=topology.tail_rank, group=topology.replica_group, device=HOST
         )
         return box[0]
+
+    def _step_companions(self, num_tokens: float, *, skipped: bool) -> None:
+        """As the optimizer does: gradients of all replicas added up, divided by the tokens."""
+        if self.companions is None or not self.model.topology.is_last_stage:
+            return
+        for companion in self.companions.members.values():
+            if skipped:
+                companion.gradient.zero_()
+                continue
+            dist.all_reduce(companion.gradient, group=self.model.topology.dp_group)
+            companion.gradient.div_(max(num_tokens, 1.0))
+            companion.step(self.companions.lr)
 
     def _prepare_update(self) -> float:
         """Make the gradients ready for the optimizer, clipped; their norm before that."""

@@ -20,7 +20,7 @@ class HfTeacher:
     """Scores with one forward pass per batch; padded output columns never count.
 
     Args:
-        top_k: entries per position; the rest is one tail.
+        top_k: entries per position, the rest is one tail; None sends the whole vocabulary.
         temperature: the loss's, for the second log-sum-exp.
     """
 
@@ -32,7 +32,7 @@ class HfTeacher:
         tokenizer: ChatTokenizer,
         student: ChatTokenizer,
         device: torch.device,
-        top_k: int,
+        top_k: int | None,
         temperature: float,
         batch_size: int,
     ) -> None:
@@ -42,7 +42,7 @@ class HfTeacher:
         self._model = load_causal_lm(model_dir, device=device)
         self._fingerprint = model_fingerprint(model_dir)
         self._device = device
-        self._top_k = min(top_k, tokenizer.vocabulary.size)
+        self._top_k = None if top_k is None else min(top_k, tokenizer.vocabulary.size)
         self._temperature = temperature
         self._batch_size = batch_size
 
@@ -74,6 +74,7 @@ class HfTeacher:
         arrays = self._rows(logits[torch.as_tensor(sample), torch.as_tensor(row)], actual)
         cuts = np.cumsum([len(x.token_ids) for x in inputs])[:-1]
         parts = {name: np.split(array, cuts) for name, array in arrays.items()}
+        ids = parts.pop("topk_ids", [None] * len(inputs))
         return [
             TeacherScores(
                 teacher=self.name,
@@ -81,6 +82,7 @@ class HfTeacher:
                 token_ids=x.token_ids,
                 byte_ends=x.byte_ends,
                 valid=np.ones(len(x.token_ids), dtype=bool),
+                topk_ids=ids[i],
                 **{name: part[i] for name, part in parts.items()},
             )
             for i, x in enumerate(inputs)
@@ -92,19 +94,22 @@ class HfTeacher:
         lse = torch.logsumexp(logits, dim=-1)
         lse_tau = torch.logsumexp(logits / self._temperature, dim=-1)
         log_probs = logits - lse[:, None]
-        top = log_probs.topk(self._top_k, dim=-1)
-        outside = log_probs.scatter(1, top.indices, float("-inf"))
-        return {
-            "logprobs": log_probs.gather(1, torch.as_tensor(actual)[:, None].to(logits.device))[
-                :, 0
-            ]
-            .cpu()
-            .numpy(),
-            "topk_ids": top.indices.to(torch.int32).cpu().numpy(),
-            "topk_logprobs": top.values.cpu().numpy(),
-            "log_tail": torch.logsumexp(outside, dim=-1).cpu().numpy(),
-            "lse": torch.stack([lse, lse_tau], dim=1).cpu().numpy(),
+        index = torch.as_tensor(actual)[:, None].to(logits.device)
+        arrays = {
+            "logprobs": log_probs.gather(1, index)[:, 0],
+            "lse": torch.stack([lse, lse_tau], dim=1),
         }
+        if self._top_k is None:
+            arrays |= {"topk_logprobs": log_probs, "log_tail": torch.full_like(lse, -torch.inf)}
+        else:
+            top = log_probs.topk(self._top_k, dim=-1)
+            outside = log_probs.scatter(1, top.indices, -torch.inf)
+            arrays |= {
+                "topk_ids": top.indices.to(torch.int32),
+                "topk_logprobs": top.values,
+                "log_tail": torch.logsumexp(outside, dim=-1),
+            }
+        return {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
 
     def accuracy(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> float | None:
         """Greedy exact match on prompts with a checkable answer; None where there are none."""

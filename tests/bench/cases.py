@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mopd.losses.divergence import Divergence
 from mopd.losses.head import DistillationHead, TeacherTerm
 from mopd.losses.vocab import VocabShard
 from mopd.types import TeacherRows
-from tests.bench import formulas, problems
+from tests.bench import ctkd_cases, formulas, gold_cases, problems
 from tests.helpers.losses import build_loss, step_of
 
 Run = Callable[[], tuple[Tensor, Tensor]]  # -> value, gradient in the logits
@@ -30,7 +30,7 @@ class Shape:
     rows: int
     vocab: int
     teacher_vocab: int = 0
-    top: int = 64  # listed teacher tokens, or sorted student ones
+    top: int = 64  # listed teacher tokens, shared teacher columns, or sorted student ones
 
     def scaled(self, *, rows: int = 1, vocab: int = 1) -> Shape:
         return Shape(
@@ -49,6 +49,7 @@ class Case:
     baseline: Run
     reference: Run
     same_formula: Run | None = None
+    truncation: Callable[[], dict[str, float]] | None = None  # what sorting only some leaves out
     tensor_bytes: int
     work: str
     baseline_name: str
@@ -190,81 +191,43 @@ def _against_forward_kl(
     )
 
 
+def _ctkd(found: ctkd_cases.CtkdCase) -> Case:
+    problem = found.problem
+    case = _against_forward_kl(problem, found.loss, found.formula, found.what)
+    return replace(case, ours=through_head(found.loss, problem.logits, found.rows, problem.shard))
+
+
 def ctkd_boundary(shape: Shape, cache: Path) -> Case:
-    problem = problems.cross_problem((shape.vocab, shape.teacher_vocab), shape.rows, cache)
-    loss = build_loss("ctkd", problem.shard, beta=0.0)
-    known = {
-        dtype: (
-            problems.lists_of(problem.rows, dtype),
-            problems.paths_of(problem, dtype),
-            problems.sparse_weights(problem.projection, shape.vocab, dtype),
-        )
-        for dtype in (torch.float32, torch.float64)
-    }
-    what = f"{len(problem.rows.path_position)} path rows, top-{problems.TOP_K} + tail, fold"
-    return _against_forward_kl(problem, loss, lambda z: formulas.ctkd(z, *known[z.dtype]), what)
+    sizes = (shape.vocab, shape.teacher_vocab)
+    return _ctkd(ctkd_cases.boundary(sizes, shape.rows, cache))
 
 
-def _gold(problem: problems.CrossProblem, shape: Shape, weights: tuple[float, float]) -> Case:
-    loss = build_loss("gold", problem.shard, beta=0.5, weights=weights, top_u=shape.top)
-
-    def formula(logits: Tensor) -> Tensor:
-        lists = problems.lists_of(problem.rows, logits.dtype)
-        return formulas.gold(
-            logits, lists, problem.shard.common, beta=0.5, weights=weights, top_u=shape.top
-        )
-
-    return _against_forward_kl(problem, loss, formula, f"{shape.top} sorted")
+def ctkd_pkl(shape: Shape, cache: Path) -> Case:
+    sizes = (shape.vocab, shape.teacher_vocab)
+    return _ctkd(ctkd_cases.shared(sizes, shape.rows, cache, columns=shape.top))
 
 
-def gold_512(shape: Shape, cache: Path) -> Case:
-    problem = problems.cross_problem((shape.vocab, shape.teacher_vocab), shape.rows, cache)
-    return _gold(problem, shape, (0.5, 0.5))
+def ctkd_pkl_full(shape: Shape, cache: Path) -> Case:
+    sizes = (shape.vocab, shape.teacher_vocab)
+    return _ctkd(ctkd_cases.shared(sizes, shape.rows, cache, columns=None))
 
 
-def uld_512(shape: Shape, cache: Path) -> Case:
-    problem = problems.cross_problem((shape.vocab, shape.teacher_vocab), shape.rows, cache)
-    return _gold(problems.nothing_common(problem), shape, (0.0, 1.0))
+def _sorted(found: gold_cases.SortedProblem) -> Case:
+    problem = replace(found.problem, rows=found.rows)
+    case = _against_forward_kl(problem, found.loss, found.formula, found.what)
+    return replace(case, truncation=found.truncation)
 
 
-BUILDERS: Mapping[str, Callable[[Shape, Path], Case]] = {
-    "forward_kl_full": forward_kl_full,
-    "jsd_full": jsd_full,
-    "topk_tail": topk_tail,
-    "topk_renorm": topk_renorm,
-    "ctkd_boundary": ctkd_boundary,
-    "gold_512": gold_512,
-    "uld_512": uld_512,
-}
+def gold_sorted(shape: Shape, cache: Path) -> Case:
+    sizes = (shape.vocab, shape.teacher_vocab)
+    return _sorted(gold_cases.hybrid(sizes, shape.rows, cache, top_u=shape.top))
 
-_CROSS = Shape(rows=256, vocab=128256, teacher_vocab=151936, top=512)
-FULL: Mapping[str, Shape] = {
-    "forward_kl_full": Shape(rows=2048, vocab=32000),
-    "jsd_full": Shape(rows=2048, vocab=32000),
-    "topk_tail": Shape(rows=512, vocab=151936),
-    "topk_renorm": Shape(rows=512, vocab=151936),
-    "ctkd_boundary": _CROSS,
-    "gold_512": _CROSS,
-    "uld_512": _CROSS,
-}
-_SMALL_CROSS = Shape(rows=48, vocab=1200, teacher_vocab=1500, top=32)
-QUICK: Mapping[str, Shape] = {
-    "forward_kl_full": Shape(rows=64, vocab=512),
-    "jsd_full": Shape(rows=64, vocab=512),
-    "topk_tail": Shape(rows=32, vocab=1024, top=16),
-    "topk_renorm": Shape(rows=32, vocab=1024, top=16),
-    "ctkd_boundary": _SMALL_CROSS,
-    "gold_512": _SMALL_CROSS,
-    "uld_512": _SMALL_CROSS,
-}
-# where the scaling row starts from; it doubles the rows and the vocabularies
-_HALF_CROSS = Shape(rows=128, vocab=64128, teacher_vocab=75968, top=512)
-SCALING_BASE: Mapping[str, Shape] = {
-    "forward_kl_full": Shape(rows=512, vocab=16000),
-    "jsd_full": Shape(rows=512, vocab=16000),
-    "topk_tail": Shape(rows=128, vocab=75968),
-    "topk_renorm": Shape(rows=128, vocab=75968),
-    "ctkd_boundary": _HALF_CROSS,
-    "gold_512": _HALF_CROSS,
-    "uld_512": _HALF_CROSS,
-}
+
+def uld_sorted(shape: Shape, cache: Path) -> Case:
+    sizes = (shape.vocab, shape.teacher_vocab)
+    return _sorted(gold_cases.uld(sizes, shape.rows, cache, top_u=shape.top))
+
+
+def uld_exact(shape: Shape, cache: Path) -> Case:
+    sizes = (shape.vocab, shape.teacher_vocab)
+    return _sorted(gold_cases.uld(sizes, shape.rows, cache, top_u=None))

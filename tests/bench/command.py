@@ -10,15 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import cases, data, measure, problems
+from tests.bench import cases, data, measure, problems, rows
 
-NOT_YET = {
-    "hkl_8192": "no hybrid KL (hkl) loss in mopd.losses",
-    "fused_jsd": "no fused lm_head + JSD; the head starts from logits",
-    "uld_exact": "GoldLoss sorts the largest top_u only, against top-k teacher lists",
-    "gold_8192": "teacher payloads list the top-k; 8192 exact columns are not offered",
-}
-ROWS = (*cases.BUILDERS, "scaling", "alignment", "projection_build", *NOT_YET)
+ROWS = (*rows.BUILDERS, "scaling", "alignment", "projection_build")
 REPEATS = 7
 
 
@@ -60,9 +54,6 @@ def _row_names(value: str) -> tuple[str, ...]:
 def run_row(name: str, options: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """One entry of bench.json."""
     quick, repeats = options.quick, 1 if options.quick else options.repeats
-    if name in NOT_YET:
-        keys = ("ratio", "peak_tensors", "cpu_seconds", "repeats", "work", "baseline", "error")
-        return {**dict.fromkeys(keys), "reason": NOT_YET[name]}
     if name == "scaling":
         return scaling(quick, cache, repeats)
     if name == "alignment":
@@ -82,8 +73,8 @@ def run_row(name: str, options: argparse.Namespace, cache: Path) -> dict[str, An
 
 
 def case(name: str, quick: bool, cache: Path) -> cases.Case:
-    shapes = cases.QUICK if quick else cases.FULL
-    return cases.BUILDERS[name](shapes[name], cache)
+    shapes = rows.QUICK if quick else rows.FULL
+    return rows.BUILDERS[name](shapes[name], cache)
 
 
 def peak(row: str, side: str, *, quick: bool, cache: Path) -> float:
@@ -98,8 +89,8 @@ def peak(row: str, side: str, *, quick: bool, cache: Path) -> float:
 def scaling(quick: bool, cache: Path, repeats: int) -> dict[str, Any]:
     """Exponents: CPU time goes with rows ** rows_exponent, vocabulary ** vocab_exponent."""
     exponents, total = {}, 0.0
-    for name, build in cases.BUILDERS.items():
-        base = cases.QUICK[name] if quick else cases.SCALING_BASE[name]
+    for name, build in rows.BUILDERS.items():
+        base = rows.QUICK[name] if quick else rows.SCALING_BASE[name]
         shapes = {"base": base, "rows": base.scaled(rows=2), "vocab": base.scaled(vocab=2)}
         runs = {key: build(shape, cache).ours for key, shape in shapes.items()}
         seconds = measure.cpu_seconds(runs, repeats)
@@ -138,8 +129,6 @@ def _cell(value: float | None, width: int, form: str) -> str:
 
 
 def _notes(row: dict[str, Any]) -> str:
-    if "reason" in row:
-        return f"not measured: {row['reason']}"
     if "exponents" in row:
         parts = (f"{k} T^{e['rows']:.2f} V^{e['vocab']:.2f}" for k, e in row["exponents"].items())
         return ", ".join(parts)
@@ -147,6 +136,11 @@ def _notes(row: dict[str, Any]) -> str:
         return f"{row['tokens_per_second']:,.0f} tokens per CPU second"
     if row.get("peak_bytes") is not None:
         return f"peak {row['peak_bytes'] / 1e9:.2f} GB"
+    notes = []
     if "same_formula_ratio" in row:
-        return f"{row['same_formula_ratio']:.2f} of the same formula in plain torch"
-    return ""
+        notes.append(f"{row['same_formula_ratio']:.2f} of the same formula in plain torch")
+    if "truncation" in row:
+        found = row["truncation"]
+        parts = (found["mean_difference"], found["mean_bound"], found["max_bound"])
+        notes.append("cut off {:.1e} a row, bound {:.1e} (at most {:.1e})".format(*parts))
+    return ", ".join(notes)

@@ -98,32 +98,56 @@ def ctkd(student: Tensor, lists: Lists, paths: Paths, weights: Tensor) -> Tensor
     return boundary + (paths.weight[paths.slot_path] * value).sum()
 
 
-def gold(
+def dense_gold(
     student: Tensor,
-    lists: Lists,
+    teacher: Tensor,
     common: Tensor,
     *,
     beta: float,
     weights: tuple[float, float],
-    top_u: int,
+    top_u: int | None,
 ) -> Tensor:
-    """Matched divergence with a rest bin plus L1 of the sorted rest; ``common`` [V_T]."""
-    probs = torch.softmax(student[lists.position], -1)
-    partner = torch.where(lists.ids >= 0, common[lists.ids.clamp_min(0)], -1)
-    matched = partner >= 0
-    q = torch.where(matched, probs.gather(1, partner.clamp_min(0)), 0.0)
-    p = torch.where(matched, lists.probs, 0.0)
-    unmatched = torch.where(matched, 0.0, lists.probs)
-    rest_p = unmatched.sum(-1) + lists.tail
-    rest_q = 1.0 - q.sum(-1)
-    divergence = _bins(
-        torch.cat([p, rest_p[:, None]], 1), torch.cat([q, rest_q[:, None]], 1), beta
-    ).sum()
+    """Matched divergence with a rest bin plus L1 of the sorted rest, for logits of the same rows.
+
+    ``common`` [V_T] is the student's token for each of the teacher's, or -1.
+    """
+    q, p = torch.softmax(student, -1), torch.softmax(teacher, -1)
+    known = common >= 0
+    free_q, free_p = _uncommon(q, p, common)
+    bins_q = torch.cat([q[:, common[known]], free_q.sum(-1, keepdim=True)], 1)
+    bins_p = torch.cat([p[:, known], free_p.sum(-1, keepdim=True)], 1)
+    divergence = _bins(bins_p, bins_q, beta).sum()
+    gap = _sorted_gap(free_q, free_p, top_u).abs().sum()
+    return weights[0] * divergence + weights[1] * gap
+
+
+def truncation(student: Tensor, teacher: Tensor, common: Tensor, top_u: int) -> dict[str, float]:
+    """What the largest ``top_u`` of each side leave out of the sorted L1, in float64.
+
+    ``bound``: the uncommon mass behind them on both sides; ``difference``: exact less truncated.
+    """
+    q, p = torch.softmax(student.double(), -1), torch.softmax(teacher.double(), -1)
+    free = _uncommon(q, p, common)
+    bound = sum(side.sum(-1) - _largest(side, top_u).sum(-1) for side in free)
+    whole, cut = (_sorted_gap(*free, u).abs().sum(-1) for u in (None, top_u))
+    rows = {"bound": torch.as_tensor(bound), "difference": whole - cut}
+    found = {f"mean_{name}": float(row.mean()) for name, row in rows.items()}
+    return found | {f"max_{name}": float(row.max()) for name, row in rows.items()}
+
+
+def _uncommon(student: Tensor, teacher: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
     is_free = torch.ones(student.shape[1], dtype=torch.bool)
     is_free[common[common >= 0]] = False
-    free = probs[:, is_free]
-    ours = free.topk(min(top_u, free.shape[1]), dim=-1).values
-    theirs = torch.cat([unmatched, lists.tail[:, None]], 1).sort(-1, descending=True).values
+    return student[:, is_free], teacher[:, common < 0]
+
+
+def _largest(values: Tensor, count: int | None) -> Tensor:
+    if count is None:
+        return values.sort(-1, descending=True).values
+    return values.topk(min(count, values.shape[1]), dim=-1).values
+
+
+def _sorted_gap(student: Tensor, teacher: Tensor, top_u: int | None) -> Tensor:
+    ours, theirs = _largest(student, top_u), _largest(teacher, top_u)
     width = max(ours.shape[1], theirs.shape[1])
-    gap = F.pad(ours, (0, width - ours.shape[1])) - F.pad(theirs, (0, width - theirs.shape[1]))
-    return weights[0] * divergence + weights[1] * gap.abs().sum()
+    return F.pad(ours, (0, width - ours.shape[1])) - F.pad(theirs, (0, width - theirs.shape[1]))

@@ -64,6 +64,8 @@ def loss_row(case: Case, repeats: int) -> dict[str, Any]:
     }
     if "same_formula" in seconds:
         row["same_formula_ratio"] = seconds["ours"] / seconds["same_formula"]
+    if case.truncation is not None:
+        row["truncation"] = case.truncation()
     return row
 
 

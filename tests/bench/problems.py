@@ -53,6 +53,7 @@ def rows_of(ids: np.ndarray | None, logprobs: np.ndarray, log_tail: np.ndarray) 
         chunk_size=np.ones((count, 2), dtype=np.int32),
         chunk_weight=np.ones(count, dtype=np.float32),
         chunk_owned=np.ones(count, dtype=bool),
+        chunk_sequence=np.zeros(count, dtype=np.int64),
         token_position=none,
         token_id=none,
         token_chunk=none,
@@ -106,7 +107,6 @@ def payload_options(projection: Projection) -> PayloadOptions:
     """The recipes' defaults: temperature 1, fold, path terms."""
     path = PathOptions(
         trie=projection.trie,
-        paths=projection.trie.paths(),
         fold=projection.fold,
         max_length=OPTIONS.max_length,
     )
@@ -217,6 +217,31 @@ def nothing_common(problem: CrossProblem) -> CrossProblem:
         projection, start=0, end=problem.logits.shape[1], device=torch.device("cpu")
     )
     return replace(problem, projection=projection, shard=shard)
+
+
+def dense_teacher(problem: CrossProblem, *, seed: int) -> Tensor:
+    """[R, V_T] logits of a teacher that mostly agrees where a student token has the same bytes.
+
+    On every fourth row its favourite is a token that the student lacks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.from_numpy(problem.projection.common.astype(np.int64))
+    known, free = (torch.nonzero(which)[:, 0] for which in (common >= 0, common < 0))
+    count = len(problem.rows.position)
+    logits = torch.randn(count, len(common), generator=generator).mul_(2.0)
+    student = near(problem.logits[torch.from_numpy(problem.rows.position)], seed=seed)
+    logits[:, known] = student[:, common[known]]
+    if len(free):
+        rows = torch.arange(0, count, 4)
+        logits[rows, free[torch.randint(len(free), (len(rows),), generator=generator)]] += 14.0
+    return logits
+
+
+def dense_rows(problem: CrossProblem, teacher: Tensor) -> TeacherRows:
+    """The boundaries of ``problem`` with dense logits, without chunks and paths."""
+    no_tail = np.full(len(teacher), -np.inf, dtype=np.float32)
+    rows = rows_of(None, teacher.numpy(), no_tail)
+    return replace(rows, position=problem.rows.position)
 
 
 def lists_of(rows: TeacherRows, dtype: torch.dtype) -> Lists:

@@ -102,6 +102,7 @@ def make_rows(
         chunk_size=np.array(chunk_size or [(1, 1)] * len(position), dtype=np.int32),
         chunk_weight=np.ones(len(position)),
         chunk_owned=np.ones(len(position), dtype=bool),
+        chunk_sequence=np.zeros(len(position), dtype=np.int64),
         token_position=np.array([p for p, _, _ in tokens], dtype=np.int64),
         token_id=np.array([t for _, t, _ in tokens], dtype=np.int64),
         token_chunk=np.array([c for _, _, c in tokens], dtype=np.int64),

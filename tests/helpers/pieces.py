@@ -148,7 +148,6 @@ def _losses(
                 fold=projection.fold,
                 path=PathOptions(
                     trie=projection.trie,
-                    paths=projection.trie.paths(),
                     fold=projection.fold,
                     max_length=MAX_LENGTH,
                 ),

@@ -48,6 +48,7 @@ def build(run: Run) -> Student:
         scheduler=plain.scheduler,
         loss_function=Noisy(plain),
         clip_grad=0.5,
+        fused_head=True,
     )
 
 

@@ -75,6 +75,7 @@ def gradients(run: Run) -> tuple[StepResult, dict[str, torch.Tensor]]:
         scheduler=student.scheduler,
         loss_function=TwoTeachers(student.model),
         clip_grad=0.0,
+        fused_head=True,
     )
     batch = step_batch(0, run=run, dp_rank=student.model.topology.dp_rank)
     result = student.train_step(replace(batch, denominators=global_counts(run)))
@@ -157,6 +158,7 @@ def train_with_a_broken_step(run: Run) -> tuple[list[StepResult], list[bool]]:
         scheduler=plain.scheduler,
         loss_function=BrokenOn(plain, dp_rank=run.layout.dp - 1, step=1),
         clip_grad=0.5,
+        fused_head=True,
     )
     results, changed = [], []
     dp_rank = plain.model.topology.dp_rank

@@ -122,6 +122,7 @@ def build(
         scheduler=scheduler,
         loss_function=loss_function or NextToken(model),
         clip_grad=section.clip_grad,
+        fused_head=True,
     )
 
 

@@ -82,6 +82,7 @@ def test_concatenation_moves_chunk_and_path_offsets_and_pads_the_width() -> None
     assert joined.path_offsets.tolist() == [0, 2, 4, 6]
     assert joined.path_entry.tolist() == [0, -1, 1, -2, 0, -1]  # entries name tokens, not places
     assert joined.path_entry_slot.tolist() == [0, 1, 2, 3, 4, 5]
+    assert joined.topk_ids is not None
     assert joined.topk_ids[2].tolist() == [0, -1, -1]
     assert joined.topk_ids[4].tolist() == [0, 1, -1]
     assert np.isneginf(joined.topk_logprobs[joined.topk_ids < 0]).all()
@@ -110,3 +111,8 @@ def test_the_parts_are_not_changed() -> None:
     before = replace(sample.rows["a"])
     make_micro_batches([sample], micro_batch_size=1, pad_id=PAD)
     assert sample.rows["a"].position.tolist() == before.position.tolist() == [0]
+
+
+def test_chunks_know_their_rollout() -> None:
+    parts = [rows([0, 2], width=2), EMPTY, rows([1], width=2)]
+    assert concatenate_rows(parts).chunk_sequence.tolist() == [0, 0, 2]

@@ -10,8 +10,10 @@ import pytest
 
 from mopd.align.batch import Sample, make_micro_batches
 from mopd.align.boundaries import align_bytes
+from mopd.align.fold import fold_rows
 from mopd.align.paths import PathOptions
-from mopd.align.payload import PayloadOptions, fold_rows, teacher_rows, temper
+from mopd.align.payload import PayloadOptions, teacher_rows
+from mopd.align.temper import temper
 from mopd.projection import ProjectionOptions, build_projection
 from mopd.tokens.vocabulary import Vocabulary
 from mopd.types import Projection, Prompt, Rollout, TeacherRows, TeacherScores
@@ -61,6 +63,7 @@ def rows_of(
 
 def listed_row(rows: TeacherRows) -> list[int]:
     """Which teacher row each boundary took."""
+    assert rows.topk_ids is not None
     return (rows.topk_ids[:, 0] - FAR).tolist()
 
 
@@ -245,7 +248,6 @@ class Paths:
                 fold=self.projection.fold,
                 path=PathOptions(
                     trie=self.projection.trie,
-                    paths=self.projection.trie.paths(),
                     fold=self.projection.fold,
                     max_length=4,
                 ),

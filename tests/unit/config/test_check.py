@@ -59,6 +59,9 @@ def test_a_right_recipe_passes(recipe: dict[str, Any]) -> None:
     check(recipe)
     check(recipe, "student.parallel.tensor_model_parallel_size=2", world_size=4)
     check(recipe, "gold.matched_weight=0.7", "gold.unmatched_weight=0.3")
+    check(recipe, "distillation={loss: kl, top_k: null}", "kl.support=student")
+    check(recipe, "ctkd={learned: {enabled: true}, gamma: 0.1}")
+    check(recipe, "opd.policy=old", "rollout.temperature=0.7")  # nobody uses opd
     check(recipe, "rollout.temperature=0.7", "teachers.code.backend.type=uniform")
     check(recipe, "teachers.code.backend={type: custom, target: 'package.module:Name'}")
 
@@ -103,6 +106,43 @@ def test_a_right_recipe_passes(recipe: dict[str, Any]) -> None:
         (["gold.unmatched_weight=1"], "gold.matched_weight: is not set"),
         (["gold={matched_weight: 0, unmatched_weight: 0}"], "both are 0"),
         (["gold.divergence.top_k_mode=genkl"], "for kind=forward_kl and reverse_kl, not jsd"),
+        (["distillation.shared_columns=8"], "set distillation.top_k=null"),
+        (["distillation.loss=kl", "kl.support=union"], "kl.support=union: needs the teacher's"),
+        (
+            ["distillation.top_k=null", "teachers.code.backend.type=uniform"],
+            "teachers.code with backend.type=uniform sends lists",
+        ),
+        (
+            [
+                "distillation={loss: kl, top_k: null}",
+                "kl.divergence.kind=akl",
+                "student.parallel.tensor_model_parallel_size=2",
+            ],
+            "kl.divergence.kind=akl",
+        ),
+        (["distillation.distillation_weight=0"], "both are 0"),
+        (["distillation.balance=dynamic"], "raise distillation.crossentropy_weight"),
+        (["ctkd.direction=pull"], "ctkd.direction=pull: judges the student's own tokens"),
+        (["ctkd.merge=decayed"], "ctkd.merge=decayed: judges the student's own tokens"),
+        (
+            ["ctkd={direction: pull, path_terms: false, merge: nemo}"],
+            "set ctkd.merge=boundary",
+        ),
+        (["ctkd.learned.enabled=true"], "set ctkd.gamma=0.1"),
+        (
+            ["ctkd={learned: {enabled: true}, gamma: 0.1, loss_type: hkl}"],
+            "is for loss_type=pkl",
+        ),
+        (
+            ["distillation.loss=opd", "opd.policy=old", "rollout.temperature=0.7"],
+            "those of temperature 0.7",
+        ),
+        (["distillation.loss=opd", "opd={lower: 3, upper: 2}"], "opd.lower: 3 is above"),
+        (["distillation.loss=opd", "opd.lower=3"], "opd.upper: is not set"),
+        (
+            ["distillation={loss: opd, balance: dynamic, crossentropy_weight: 1}"],
+            "a policy gradient's value has none",
+        ),
         (
             ["student.optimizer.lr_warmup_fraction=0.7"],
             "lr_warmup_fraction + lr_decay_fraction = 1.1 is more than the whole run",

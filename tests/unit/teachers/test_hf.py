@@ -32,7 +32,7 @@ def other(tiny_world: World) -> ChatTokenizer:
 
 
 def make_teacher(
-    tiny_world: World, student: ChatTokenizer, *, top_k: int = 16, batch_size: int = 2
+    tiny_world: World, student: ChatTokenizer, *, top_k: int | None = 16, batch_size: int = 2
 ) -> HfTeacher:
     path = tiny_world.teachers["sort"]
     return HfTeacher(
@@ -103,6 +103,7 @@ def test_row_t_predicts_token_t(tiny_world: World, student: ChatTokenizer) -> No
         assert scores.valid.all() and len(scores.valid) == len(scores.token_ids)
         actual = logs.numpy()[np.arange(len(logs)), scores.token_ids]
         assert scores.logprobs == pytest.approx(actual, abs=2e-5)
+        assert scores.topk_ids is not None
         listed = np.take_along_axis(logs.numpy(), scores.topk_ids.astype(np.int64), axis=1)
         assert scores.topk_logprobs == pytest.approx(listed, abs=2e-5)
         assert scores.topk_logprobs == pytest.approx(logs.topk(16).values.numpy(), abs=2e-5)
@@ -180,7 +181,7 @@ def test_a_batch_of_nothing_to_score(tiny_world: World, student: ChatTokenizer) 
     nothing = rollout(student, HALF, stopped=False)
     found = make_teacher(tiny_world, student).score([nothing, nothing, rollout(student, b"bo")])
     assert [len(scores.valid) for scores in found[:2]] == [0, 0]
-    assert found[0].topk_ids.shape == (0, 16)
+    assert found[0].topk_ids is not None and found[0].topk_ids.shape == (0, 16)
     assert len(found[2].valid) > 0
 
 
@@ -192,6 +193,7 @@ def test_the_uniform_teacher(student: ChatTokenizer, other: ChatTokenizer, top_k
     assert scores.logprobs == pytest.approx(-np.log(size))
     mass = np.exp(scores.topk_logprobs).sum(1) + np.exp(scores.log_tail)
     assert mass == pytest.approx(1.0, abs=1e-5)
+    assert scores.topk_ids is not None
     assert scores.topk_ids.shape == (len(scores.token_ids), min(top_k, size))
     assert scores.token_ids.tolist() == [*other.vocabulary.encode(b"bo ka"), other.eos_id]
 
@@ -211,3 +213,31 @@ def test_the_pool_asks_the_teachers_a_prompt_names(student: ChatTokenizer) -> No
     for scores, each in zip(found, rollouts, strict=True):
         assert all(s.token_ids.tolist() == each.token_ids.tolist() for s in scores.values())
         assert all(s.teacher == name for name, s in scores.items())
+
+
+def test_without_a_top_k_the_whole_row_is_sent(tiny_world: World, student: ChatTokenizer) -> None:
+    rollouts = [rollout(student, b"bo 12"), rollout(student, HALF, stopped=False)]
+    whole = make_teacher(tiny_world, student, top_k=None)
+    size = whole.tokenizer.vocabulary.size
+    found, nothing = whole.score(rollouts)
+    assert found.topk_ids is None and nothing.topk_ids is None
+    assert nothing.topk_logprobs.shape == (0, size)
+    assert found.topk_logprobs.dtype == np.float32
+    prompt = whole.tokenizer.prompt_ids(rollouts[0].prompt.messages)
+    logits = direct(tiny_world, found, prompt, size)
+    expected = torch.log_softmax(logits, dim=-1).numpy()
+    assert found.topk_logprobs == pytest.approx(expected, abs=2e-5)
+    assert np.isneginf(found.log_tail).all()
+    (some,) = make_teacher(tiny_world, student).score(rollouts[:1])
+    assert found.lse == pytest.approx(some.lse, abs=2e-5)
+    assert found.logprobs == pytest.approx(some.logprobs, abs=2e-5)
+
+
+def test_the_uniform_teacher_can_send_whole_rows(
+    student: ChatTokenizer, other: ChatTokenizer
+) -> None:
+    teacher = UniformTeacher("sort", tokenizer=other, student=student, top_k=None)
+    (scores,) = teacher.score([rollout(student, b"bo ka")])
+    assert scores.topk_ids is None
+    assert scores.topk_logprobs.shape == (len(scores.token_ids), other.vocabulary.size)
+    assert np.isneginf(scores.log_tail).all()

@@ -7,7 +7,10 @@ import pytest
 
 from mopd.align.payload import PayloadOptions
 from mopd.metrics.span import Spans
+from mopd.runtime.aligner import Aligner, AlignOptions
+from mopd.runtime.collate import Objective
 from mopd.runtime.feed import Feed, FeedOptions
+from mopd.runtime.weights import Normalizer
 from mopd.teachers.uniform import UniformTeacher
 from mopd.types import Prompt, Rollout, StepBatch
 from tests.unit.tokens.trained import vocabulary
@@ -66,18 +69,39 @@ class Pool:
         return [{name: scores[name][n] for name in scores} for n in range(len(rollouts))]
 
 
-def take(*texts: str, change=lambda scores: None) -> StepBatch:
+OBJECTIVE = Objective(
+    weights=dict.fromkeys(TEACHERS, 1.0 / len(TEACHERS)),
+    normalizer=Normalizer(teachers=TEACHERS, domains=("d",), normalization="chunk", by_domain=True),
+)
+
+
+PLAIN = AlignOptions()
+
+
+def take(
+    *texts: str,
+    change=lambda scores: None,
+    objective: Objective = OBJECTIVE,
+    options: AlignOptions = PLAIN,
+) -> StepBatch:
     prompts = [Prompt(id=text, messages=(), domain="d") for text in texts]
+    pool = Pool(change)
     feed = Feed(
         source=SimpleNamespace(take=lambda step: prompts),
         sampler=Sampler(),
-        pool=Pool(change),
+        pool=pool,
         student=STUDENT,
-        payload={kind: PayloadOptions(temperature=1.0) for kind in TEACHERS},
+        aligner=Aligner(
+            student=STUDENT,
+            teachers={kind: teacher.tokenizer for kind, teacher in pool.teachers.items()},
+            payload={kind: PayloadOptions(temperature=1.0) for kind in TEACHERS},
+            objective=objective,
+            options=options,
+        ),
         journal=SimpleNamespace(append=lambda step, rollouts: None),
         options=FeedOptions(
+            objective=objective,
             micro_batch_size=3,
-            alignment="bytes",
             max_failed_share=1.0,
             dp_rank=0,
             dp_size=1,

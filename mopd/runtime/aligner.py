@@ -1,0 +1,192 @@
+"""One answer and what its teachers said of it -> rows on the student's axis, with the counts."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from mopd.align.batch import Sample
+from mopd.align.boundaries import align_positions, chunk_counts
+from mopd.align.payload import PayloadOptions, interior_coverage, shared_columns, teacher_rows
+from mopd.align.positions import canonical_prefix
+from mopd.align.select import byte_scores, select
+from mopd.align.tokens import TextAlignment, TokenText, align_tokens
+from mopd.runtime.collate import Objective
+from mopd.tokens.chat import ChatTokenizer
+from mopd.types import Rollout, TeacherRows, TeacherScores
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums and counts of one step's metrics on this replica."""
+
+    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, name: str, value: float, count: float = 1.0) -> None:
+        self.sums[name] += value
+        self.counts[name] += count
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """name -> (sum, count)."""
+        return {name: (self.sums[name], self.counts[name]) for name in self.sums}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlignOptions:
+    """``by_position`` is the negative control, ``canonical_prefix`` trains no further than that.
+
+    ``shared_columns`` keeps so many columns of whole rows, the same in a whole step.
+    """
+
+    by_position: bool = False
+    canonical_prefix: bool = False
+    shared_columns: int | None = None
+
+
+class Aligner:
+    """`samples` turns a step's answers and replies into rows; ``chunks`` counts over the run."""
+
+    def __init__(
+        self,
+        *,
+        student: ChatTokenizer,
+        teachers: Mapping[str, ChatTokenizer],
+        payload: Mapping[str, PayloadOptions],
+        objective: Objective,
+        options: AlignOptions,
+    ) -> None:
+        self._student = student
+        self._teachers = teachers
+        self._payload = payload
+        self._objective = objective
+        self._options = options
+        self.chunks: dict[str, Counter[str]] = {name: Counter() for name in payload}
+
+    def samples(
+        self,
+        rollouts: Sequence[Rollout],
+        scores: Sequence[Mapping[str, TeacherScores]],
+        tally: Tally,
+    ) -> list[Sample]:
+        """One per answer, in order."""
+        payload = self._with_columns(scores)
+        return [
+            self._sample(rollout, per_teacher, payload, tally)
+            for rollout, per_teacher in zip(rollouts, scores, strict=True)
+        ]
+
+    def _with_columns(
+        self, scores: Sequence[Mapping[str, TeacherScores]]
+    ) -> Mapping[str, PayloadOptions]:
+        if self._options.shared_columns is None:
+            return self._payload
+        chosen = dict(self._payload)
+        for name, options in self._payload.items():
+            said = [per_teacher[name] for per_teacher in scores if name in per_teacher]
+            if said:
+                columns = shared_columns(said, self._options.shared_columns)
+                chosen[name] = replace(options, columns=columns)
+        return chosen
+
+    def _sample(
+        self,
+        rollout: Rollout,
+        scores: Mapping[str, TeacherScores],
+        payload: Mapping[str, PayloadOptions],
+        tally: Tally,
+    ) -> Sample:
+        trained = self._trained(rollout)
+        rows: dict[str, TeacherRows] = {}
+        said: dict[str, np.ndarray] = {}
+        for name, score in scores.items():
+            found = self._alignment(rollout, score)
+            self._count(rollout, name, found, tally)
+            trainable = found.trainable(trained)
+            rows[name] = teacher_rows(
+                score,
+                found.alignment,
+                student_ids=rollout.token_ids,
+                trainable=trainable,
+                options=payload[name],
+                sampling_logprobs=rollout.logprobs,
+            )
+            if payload[name].interior is not None:
+                covered = interior_coverage(
+                    score,
+                    found.alignment,
+                    student_ids=rollout.token_ids,
+                    trainable=trainable,
+                    options=payload[name],
+                )
+                tally.add(f"interior_coverage/{name}", *covered)
+            if self._objective.selection is not None:
+                kind = self._objective.selection_score
+                said[name] = byte_scores(score, found.alignment, kind)
+        if self._objective.selection is not None and len(rows) > 1:
+            rows = select(
+                rows, said, mode=self._objective.selection, sharpness=self._objective.sharpness
+            )
+        _describe(rollout, rows, trained, tally)
+        return Sample(rollout=rollout, rows=rows)
+
+    def _trained(self, rollout: Rollout) -> np.ndarray:
+        """[S] bool."""
+        if not self._options.canonical_prefix:
+            return rollout.loss_mask
+        own = self._student.vocabulary.encode(rollout.response)
+        if rollout.finish_reason == "stop":
+            own = [*own, self._student.eos_id]
+        kept = canonical_prefix(rollout.token_ids, np.asarray(own))
+        return rollout.loss_mask & (np.arange(len(rollout.token_ids)) < kept)
+
+    def _count(self, rollout: Rollout, name: str, found: TextAlignment, tally: Tally) -> None:
+        covered = found.covered
+        tally.add(f"alignment/{name}", covered, len(rollout.token_ids))
+        for method in ("offsets", "strings"):
+            tally.add(f"alignment_{method}/{name}", float(found.method == method))
+        tally.add(f"alignment_mismatch/{name}", float(found.mismatch is not None))
+        counts = self.chunks[name]
+        for kind, (chunks, tokens) in chunk_counts(found.alignment, kept=found.kept).items():
+            counts[f"chunks {kind}"] += chunks
+            counts[f"tokens {kind}"] += tokens
+        counts["tokens unaligned"] += len(rollout.token_ids) - covered
+
+    def _alignment(self, rollout: Rollout, scores: TeacherScores) -> TextAlignment:
+        if self._options.by_position:
+            by_index = align_positions(len(rollout.token_ids), len(scores.token_ids))
+            every = np.ones(by_index.num_chunks, dtype=bool)
+            return TextAlignment(alignment=by_index, kept=every, method="bytes")
+        teacher = self._teachers[scores.teacher]
+        student_stops = rollout.finish_reason == "stop"
+        teacher_stops = len(scores.token_ids) > 0 and scores.token_ids[-1] == teacher.eos_id
+        read = slice(-1) if teacher_stops else slice(None)
+        return align_tokens(
+            TokenText(
+                ids=rollout.token_ids[:-1] if student_stops else rollout.token_ids,
+                vocabulary=self._student.vocabulary,
+            ),
+            TokenText(
+                ids=scores.token_ids[read],
+                vocabulary=teacher.vocabulary,
+                byte_ends=scores.byte_ends[read],
+            ),
+            both_end_turn=bool(student_stops and teacher_stops),
+        )
+
+
+def _describe(
+    rollout: Rollout, rows: Mapping[str, TeacherRows], trained: np.ndarray, tally: Tally
+) -> None:
+    """``masked``: trainable tokens that no teacher judged."""
+    size = len(rollout.token_ids)
+    judged, boundary = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+    for of_teacher in rows.values():
+        judged[of_teacher.token_position] = True
+        boundary[of_teacher.position] = True
+    tally.add("masked", float((trained & ~judged).sum()), size)
+    tally.add("interior", float((judged & ~boundary).sum()), size)
+    tally.add("untrained", float((~trained).sum()), size)
