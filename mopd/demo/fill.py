@@ -31,9 +31,8 @@ class WorldFill:
         self._spec = spec or WorldSpec()
 
     def __call__(self, recipe: DictConfig) -> DictConfig:
-        names = (
-            (PEER,) if OmegaConf.select(recipe, "distillation.loss") in ("kl", "opd") else TEACHERS
-        )
+        loss = OmegaConf.select(recipe, "distillation.loss")
+        names = (PEER,) if loss in ("kl", "opd") else TEACHERS
         open_keys = _open_keys(recipe, names)
         if not open_keys:
             return recipe
@@ -44,7 +43,9 @@ class WorldFill:
         self.world_name = world.path.name
         layers: list[DictConfig | ListConfig] = [recipe]
         if "student.model" in open_keys:
+            of_loss = RECIPES / f"world_{loss}.yaml"
             layers.append(OmegaConf.load(RECIPES / "world.yaml"))
+            layers += [OmegaConf.load(of_loss)] if of_loss.exists() else []
             layers.append(OmegaConf.create({"student": {"model": str(world.student)}}))
         if "data.path" in open_keys:
             paths = {"path": str(world.data), "heldout_path": str(world.heldout)}
