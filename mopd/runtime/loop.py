@@ -211,7 +211,7 @@ def _warn_of_distance(run: Run, sink: Sink, line: Mapping[str, float]) -> None:
     for name, pair in run.pairs.items():
         if pair.loss == "opd" and line.get(f"kl/{name}", 0.0) > FAR_TEACHER:
             sink.note(
-                f"warning: {name} is far from the student ({line[f'kl/{name}']:.2f} nats per chunk, "
+                f"warning: {name} is far from the student ({line[f'kl/{name}']:.2f} nats a chunk, "
                 f"above {FAR_TEACHER}); expect a slow or unstable policy gradient, or begin with "
                 "distillation.loss=kl or ctkd"
             )
