@@ -15,6 +15,7 @@ from mopd.losses.gold import GoldLoss
 from mopd.losses.vocab import VocabShard
 from mopd.projection import ProjectionShard
 from mopd.types import Projection, TeacherRows
+from tests.helpers.ctkd_problems import merged
 from tests.helpers.losses import make_projection, make_rows, run_head
 
 FLOOR = 1e-8
@@ -84,6 +85,7 @@ def gold_loss(projection: ProjectionShard, options: dict[str, Any]) -> GoldLoss:
         top_u=options.get("top_u"),
         rest_bin=options.get("rest_bin", True),
         lambda_chunk=options.get("lambda_chunk", 0.0),
+        merge=options.get("merge", "boundary"),
     )
 
 
@@ -115,8 +117,10 @@ def reference(
     temperature = options.get("temperature", 1.0)
     weights = options.get("weights", (0.5, 0.5))
     total = logits.new_zeros(())
+    probs = torch.softmax(logits[:, : projection.student_size] / temperature, -1)
     for r, at in enumerate(rows.position):
-        q = torch.softmax(logits[at, : projection.student_size] / temperature, -1)
+        merge = options.get("merge", "boundary")
+        q = probs[at] if merge == "boundary" else merged(probs, rows, r, merge)
         matched, rest, entries = _teacher(rows, r, projection, temperature)
         value = _matched(q, matched, rest, options)
         taken = set(projection.common.tolist())
