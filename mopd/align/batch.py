@@ -12,10 +12,25 @@ from mopd.types import MicroBatch, Rollout, TeacherRows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One rollout and what each of its teachers says; positions count response tokens."""
+    """One rollout and what each of its teachers says; positions count response tokens.
+
+    ``trained`` [S] bool narrows the rollout's loss mask.
+    """
 
     rollout: Rollout
     rows: Mapping[str, TeacherRows]
+    trained: np.ndarray | None = None
+
+    @property
+    def mass(self) -> dict[str, tuple[float, float]]:
+        """Per teacher: its chunks and the student tokens in them, whatever they weigh."""
+        sizes = {name: rows.chunk_size[:, 0] for name, rows in self.rows.items()}
+        return {name: (float(len(each)), float(each.sum())) for name, each in sizes.items()}
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """[S] bool: the tokens that are trained."""
+        return self.rollout.loss_mask if self.trained is None else self.trained
 
 
 def make_micro_batches(
@@ -42,7 +57,7 @@ def _micro_batch(samples: Sequence[Sample], *, length: int, pad_id: int) -> Micr
         rollout = sample.rollout
         prompt, total = len(rollout.prompt_ids), len(rollout.prompt_ids) + len(rollout.token_ids)
         tokens[b, :prompt], tokens[b, prompt:total] = rollout.prompt_ids, rollout.token_ids
-        mask[b, prompt - 1 : total - 1] = rollout.loss_mask
+        mask[b, prompt - 1 : total - 1] = sample.loss_mask
         lengths[b] = total
         for name, rows in sample.rows.items():
             per_teacher.setdefault(name, []).append(_moved(rows, b * length + prompt - 1))
@@ -73,19 +88,19 @@ def concatenate_rows(parts: Sequence[TeacherRows]) -> TeacherRows:
     chunks_before = _before([len(part.chunk_logprob) for part in parts])
     targets_before = _before([len(part.path_target) for part in parts])
     columns: dict[str, np.ndarray] = {}
-    for field in fields(TeacherRows):
-        if field.name in ("teacher", "path_offsets", "topk_ids"):
+    for column in fields(TeacherRows):
+        if column.name in ("teacher", "path_offsets", "topk_ids"):
             continue
-        arrays = [getattr(part, field.name) for part in parts]
-        if field.name in _PADDING:
-            arrays = _padded(arrays, _PADDING[field.name])
-        elif field.name == "token_chunk":
+        arrays = [getattr(part, column.name) for part in parts]
+        if column.name in _PADDING:
+            arrays = _padded(arrays, _PADDING[column.name])
+        elif column.name == "token_chunk":
             arrays = [a + n for a, n in zip(arrays, chunks_before, strict=True)]
-        elif field.name == "chunk_sequence":  # a part is one rollout
+        elif column.name == "chunk_sequence":  # a part is one rollout
             arrays = [np.full_like(a, number) for number, a in enumerate(arrays)]
-        elif field.name == "path_entry_slot":
+        elif column.name == "path_entry_slot":
             arrays = [a + n for a, n in zip(arrays, targets_before, strict=True)]
-        columns[field.name] = np.concatenate(arrays)
+        columns[column.name] = np.concatenate(arrays)
     offsets = [p.path_offsets[1:] + n for p, n in zip(parts, targets_before, strict=True)]
     return TeacherRows(
         teacher=parts[0].teacher,

@@ -105,6 +105,7 @@ class ColumnMap:
     order: np.ndarray  # [n] int64 teacher columns
     starts: np.ndarray  # [K] int64
     outside: np.ndarray  # [V_T] float64: 1 where the column joins the tail
+    lost: np.ndarray  # [V_T] bool: kept columns that fold to null
 
     def apply(self, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[R, V_T] normalised log-probabilities -> ([R, K] float32, log_tail [R] float32)."""
@@ -134,4 +135,11 @@ def column_map(size: int, *, fold: np.ndarray | None, columns: np.ndarray | None
         order=order,
         starts=starts,
         outside=(target == size).astype(np.float64),
+        lost=np.zeros(size, dtype=bool) if fold is None else _lost(size, fold, kept),
     )
+
+
+def _lost(size: int, fold: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    lost = np.zeros(size, dtype=bool)
+    lost[kept] = fold[kept] == size
+    return lost

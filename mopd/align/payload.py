@@ -86,22 +86,27 @@ def teacher_rows(
     trainable: np.ndarray,
     options: PayloadOptions,
     sampling_logprobs: np.ndarray | None = None,
+    report: dict[str, tuple[float, float]] | None = None,
 ) -> TeacherRows:
     """One rollout's rows; positions count response tokens (0 predicts the first one).
 
     Args:
         student_ids: [S] the sampled response; trainable: [S] bool, its loss mask.
         sampling_logprobs: [S] the sampler's; None where no loss asks for them.
-    A chunk is dropped when its first student token is not trainable or a teacher row is missing.
+        report: takes (sum, count) of `interior_coverage`, the share that interior rows speak for,
+            and `unreachable_mass`, what folds to null, where they arise.
+    A chunk is dropped when one of its student tokens is not trainable or a teacher row is missing.
     """
     a, b = alignment.student_starts, alignment.teacher_starts
     kept = kept_chunks(scores, alignment, trainable)
     sizes = chunk_sizes(alignment)[kept]
     tempered = temper(scores, options.temperature)
     row, position = b[:-1][kept], a[:-1][kept]
-    lists = _lists(scores, tempered, row=row, count=sizes[:, 1], options=options)
-    if options.renormalize and not options.native_only:
-        lists = _without_lost(lists, tempered.log_tail[row])
+    lists, lost = _lists(scores, tempered, row=row, count=sizes[:, 1], options=options)
+    if options.renormalize:
+        lists = _without_lost(lists, lost)
+    if report is not None and options.fold is not None:
+        report["unreachable_mass"] = (float(lost.sum()), float(len(lost)))
     token_chunk = np.repeat(np.arange(len(position)), sizes[:, 0])
     first = np.cumsum(sizes[:, 0]) - sizes[:, 0]
     token_position = position[token_chunk] + np.arange(len(token_chunk)) - first[token_chunk]
@@ -119,7 +124,7 @@ def teacher_rows(
             )
         )
     if options.interior is not None:
-        found, _ = interior_rows(
+        found, covered = interior_rows(
             scores,
             tempered,
             position=position,
@@ -130,6 +135,8 @@ def teacher_rows(
             interior=options.interior,
         )
         native.append(found)
+        if report is not None:
+            report["interior_coverage"] = (float(covered.sum()), float(len(covered)))
     return TeacherRows(
         teacher=scores.teacher,
         position=position,
@@ -151,34 +158,11 @@ def teacher_rows(
     )
 
 
-def interior_coverage(
-    scores: TeacherScores,
-    alignment: Alignment,
-    *,
-    student_ids: np.ndarray,
-    trainable: np.ndarray,
-    options: PayloadOptions,
-) -> tuple[float, float]:
-    """(sum, number of places) of the shares that interior rows speak for (`interior_rows`)."""
-    assert options.interior is not None
-    kept = kept_chunks(scores, alignment, trainable)
-    _, covered = interior_rows(
-        scores,
-        temper(scores, options.temperature),
-        position=alignment.student_starts[:-1][kept],
-        row=alignment.teacher_starts[:-1][kept],
-        sizes=chunk_sizes(alignment)[kept],
-        student_ids=student_ids,
-        trainable=trainable,
-        interior=options.interior,
-    )
-    return float(covered.sum()), float(len(covered))
-
-
 def kept_chunks(scores: TeacherScores, alignment: Alignment, trainable: np.ndarray) -> np.ndarray:
-    """[C] bool: the first student token is trainable and no teacher row is missing."""
+    """[C] bool: every student token is trainable and no teacher row is missing."""
     missing = _chunk_sums((~scores.valid).astype(np.float64), alignment.teacher_starts)
-    return trainable[alignment.student_starts[:-1]] & (missing == 0)
+    untrained = _chunk_sums((~trainable).astype(np.float64), alignment.student_starts)
+    return (untrained == 0) & (missing == 0)
 
 
 def _lists(
@@ -188,47 +172,62 @@ def _lists(
     row: np.ndarray,
     count: np.ndarray,
     options: PayloadOptions,
-) -> Lists:
-    """The boundary rows, merged first, then cut to the columns, then folded."""
+) -> tuple[Lists, np.ndarray]:
+    """The boundary rows, merged first, then cut to the columns, then folded; and the mass [R] that
+    folded to null, which is in the tail."""
+    nothing = np.zeros(len(row))
     if options.native_only:
         none = np.zeros((len(row), 0))
         tail = np.zeros(len(row), dtype=np.float32)
-        return Lists(ids=none.astype(np.int32), logprobs=none.astype(np.float32), log_tail=tail)
+        empty = Lists(ids=none.astype(np.int32), logprobs=none.astype(np.float32), log_tail=tail)
+        return empty, nothing
     cut = options.columns is not None or options.folds
     if scores.topk_ids is None and options.merge == "boundary" and not cut:
-        return Lists(ids=None, logprobs=scores.topk_logprobs[row], log_tail=scores.log_tail[row])
+        whole = Lists(ids=None, logprobs=scores.topk_logprobs[row], log_tail=scores.log_tail[row])
+        return whole, nothing
     lists = merged_rows(scores, tempered, row=row, count=count, merge=options.merge)
     if lists.ids is None:
         size = lists.logprobs.shape[1]
         if not cut:  # merged rows need not sum to 1, so they may not stand for a softmax
-            return replace(lists, ids=np.arange(size, dtype=np.int32))
+            return replace(lists, ids=np.arange(size, dtype=np.int32)), nothing
         columns = options.column_map(size)
+        lost = _null_mass(columns.lost[None, :], lists.logprobs, columns.lost)
         logprobs, log_tail = columns.apply(lists.logprobs)
-        return Lists(ids=columns.ids, logprobs=logprobs, log_tail=log_tail)
+        return Lists(ids=columns.ids, logprobs=logprobs, log_tail=log_tail), lost
     ids, logprobs, log_tail = lists.ids, lists.logprobs, lists.log_tail
     if options.columns is not None:
         ids, logprobs, log_tail = keep_columns(ids, logprobs, log_tail, options.columns)
-    if options.fold is not None:
-        ids, logprobs, log_tail = fold_rows(ids, logprobs, log_tail, options.fold)
-    return Lists(ids=ids, logprobs=logprobs, log_tail=log_tail)
+    if options.fold is None:
+        return Lists(ids=ids, logprobs=logprobs, log_tail=log_tail), nothing
+    null = np.append(options.fold == len(options.fold), False)  # padding, -1, is the last entry
+    lost = _null_mass(null[ids], logprobs, null)
+    ids, logprobs, log_tail = fold_rows(ids, logprobs, log_tail, options.fold)
+    return Lists(ids=ids, logprobs=logprobs, log_tail=log_tail), lost
 
 
-def _without_lost(lists: Lists, log_tail: np.ndarray) -> Lists:
-    """The lists as if the mass that joined the tail [R] on the way had never been there."""
-    lost = np.exp(lists.log_tail.astype(np.float64)) - np.exp(log_tail.astype(np.float64))
-    left = np.log(np.maximum(1.0 - np.maximum(lost, 0.0), 1e-30)).astype(np.float32)
-    return replace(lists, logprobs=lists.logprobs - left[:, None], log_tail=log_tail - left)
+def _null_mass(lost: np.ndarray, logprobs: np.ndarray, anything: np.ndarray) -> np.ndarray:
+    """[R] float64: the probability of the entries that are ``lost``."""
+    if not anything.any():
+        return np.zeros(len(logprobs))
+    return np.where(lost, np.exp(logprobs.astype(np.float64)), 0.0).sum(axis=1)
 
 
-def shared_columns(scores: Sequence[TeacherScores], k: int) -> np.ndarray:
-    """[k] int32, ascending: the columns with the highest log-probability over all rows.
+def _without_lost(lists: Lists, lost: np.ndarray) -> Lists:
+    """The lists as if the mass ``lost`` [R], now in the tail, had never been there."""
+    if not lost.any():
+        return lists
+    tail = np.exp(lists.log_tail.astype(np.float64))
+    total = np.exp(lists.logprobs.astype(np.float64)).sum(axis=1) + tail
+    with np.errstate(divide="ignore"):
+        left = np.log(np.maximum(1.0 - lost / total, 1e-30))
+        log_tail = np.log(np.maximum(tail - lost, 0.0)) - left
+    logprobs = (lists.logprobs - left[:, None]).astype(np.float32)
+    return replace(lists, logprobs=logprobs, log_tail=log_tail.astype(np.float32))
 
-    Ties go to the smaller id. Listed rows offer only what they list, so there may be fewer.
-    """
-    size = max(
-        s.topk_logprobs.shape[1] if s.topk_ids is None else int(s.topk_ids.max(initial=-1)) + 1
-        for s in scores
-    )
+
+def column_peaks(scores: Sequence[TeacherScores], size: int) -> np.ndarray:
+    """[size] float32: the highest log-probability of each teacher token over all rows, -inf where
+    no row lists it."""
     best = np.full(size, -np.inf, dtype=np.float32)
     for each in scores:
         rows = each.topk_logprobs[each.valid]
@@ -239,8 +238,14 @@ def shared_columns(scores: Sequence[TeacherScores], k: int) -> np.ndarray:
         else:
             listed = each.topk_ids[each.valid] >= 0
             np.maximum.at(best, each.topk_ids[each.valid][listed], rows[listed])
-    order = np.argsort(-best, kind="stable")[:k]
-    return np.sort(order[np.isfinite(best[order])]).astype(np.int32)
+    return best
+
+
+def shared_columns(peaks: np.ndarray, k: int) -> np.ndarray:
+    """[k] int32, ascending: the columns with the highest of `column_peaks`; fewer if fewer were
+    listed. Ties go to the smaller id."""
+    order = np.argsort(-peaks, kind="stable")[:k]
+    return np.sort(order[np.isfinite(peaks[order])]).astype(np.int32)
 
 
 def _sampled(logprobs: np.ndarray | None, position: np.ndarray) -> np.ndarray:

@@ -22,11 +22,12 @@ Score = Literal["nll", "entropy", "confidence"]
 
 
 def byte_scores(scores: TeacherScores, alignment: Alignment, kind: Score) -> np.ndarray:
-    """[S'] float64: per student token in a chunk, the teacher's score of that chunk; high is good.
+    """[S'] float64: per student token up to the last chunk, its chunk's score; high is good.
 
     nll: log-probability of the chunk per byte, which does not depend on how the teacher cuts it.
     entropy: minus the mean entropy of its rows, the tail as one bin. confidence: the mean of their
-    largest listed probability. A chunk with a missing teacher row is NaN. The end of the turn has
+    largest listed probability. A chunk with a missing teacher row is NaN, and so are tokens before
+    the first chunk. The end of the turn has
     no bytes and counts as one.
     """
     starts = alignment.teacher_starts
@@ -39,7 +40,8 @@ def byte_scores(scores: TeacherScores, alignment: Alignment, kind: Score) -> np.
         row_score, divisor = row_scores(scores, kind), np.diff(starts)
     row_score = np.where(scores.valid, row_score, np.nan)[: starts[-1]]
     of_chunk = np.add.reduceat(row_score, starts[:-1]) / divisor
-    return np.repeat(of_chunk, np.diff(alignment.student_starts))
+    before = np.full(int(alignment.student_starts[0]), np.nan)
+    return np.concatenate([before, np.repeat(of_chunk, np.diff(alignment.student_starts))])
 
 
 def row_scores(scores: TeacherScores, kind: Score) -> np.ndarray:

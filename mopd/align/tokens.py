@@ -107,8 +107,11 @@ def _spell(side: TokenText) -> _Spelled:
     rows = table.rows(side.ids)
     unaligned = every[rows]
     begin, stop = 0, len(rows)
-    if unaligned.any():
-        text = np.flatnonzero(~unaligned)
+    frames = unaligned
+    if side.byte_ends is not None:  # what was written out is text, if text that nobody judges
+        frames = unaligned & (np.diff(side.byte_ends, prepend=0) == 0)
+    if frames.any():
+        text = np.flatnonzero(~frames)
         begin, stop = (int(text[0]), int(text[-1]) + 1) if len(text) else (0, 0)
         rows, unaligned = rows[begin:stop], unaligned[begin:stop]
     ends = table.ends(rows)

@@ -62,6 +62,11 @@ def _whole_rows(config: RunConfig, used: set[str]) -> Iterator[str]:
                 "distillation.top_k=null"
             )
         return
+    if section.shared_columns is not None and "kl" in used and config.kl.support != "teacher":
+        yield (
+            f"kl.support={config.kl.support}: chooses its own tokens; set "
+            "distillation.shared_columns=null"
+        )
     for name, teacher in config.teachers.items():
         if teacher.weight > 0 and not _sends_whole_rows(teacher):
             yield (
@@ -92,6 +97,23 @@ def _balance(config: RunConfig) -> Iterator[str]:
             "distillation.balance=dynamic: scales the losses to the cross entropy, whose weight is "
             "0; raise distillation.crossentropy_weight, or set balance=fixed"
         )
+    if section.balance == "dynamic" and (name := _may_be_negative(config)) is not None:
+        yield (
+            f"distillation.balance=dynamic: compares sizes, and {name} may be negative; set "
+            "balance=fixed"
+        )
+
+
+def _may_be_negative(config: RunConfig) -> str | None:
+    used = losses_in_use(config)
+    for name in ("ctkd", "gold", "kl"):
+        if name in used and getattr(config, name).divergence.top_k_mode == "trunc":
+            return f"{name}.divergence.top_k_mode=trunc"
+    if "ctkd" in used and config.ctkd.merge == "nemo":
+        return "ctkd.merge=nemo"
+    if "gold" in used and not config.gold.rest_bin:
+        return "gold.rest_bin=false"
+    return None
 
 
 def _ctkd(config: RunConfig) -> Iterator[str]:
@@ -105,6 +127,15 @@ def _ctkd(config: RunConfig) -> Iterator[str]:
         )
     if section.direction == "pull" and section.merge != "boundary":
         yield "ctkd.direction=pull: reads boundary rows only; set ctkd.merge=boundary"
+    if native and config.distillation.shared_columns is not None:
+        yield "distillation.shared_columns: a pull lists the student's tokens; set it to null"
+    if section.loss_type == "hkl" and (section.interior_rows or section.unreachable != "fold"):
+        yield (
+            "ctkd.loss_type=hkl: has no interior rows and folds nothing; set "
+            "ctkd.interior_rows=false and ctkd.unreachable=fold"
+        )
+    if section.learned.enabled and section.map == "exact":
+        yield "ctkd.learned.enabled: map=exact leaves nothing to learn; set ctkd.map=pieces"
     if native and section.loss_type != "pkl":
         yield f"ctkd.loss_type={section.loss_type}: has no pull and no decayed sum; set pkl"
     if section.learned.enabled and section.gamma == 0:
@@ -130,6 +161,8 @@ def _opd(config: RunConfig) -> Iterator[str]:
         yield f"opd.{missing}: is not set, but its partner is; set both, or neither"
     elif lower is not None and upper is not None and lower > upper:
         yield f"opd.lower: {lower:g} is above opd.upper={upper:g}; swap them"
+    if section.importance == "none" and lower is not None:
+        yield "opd.lower: is not read with importance=none; set both bounds to null"
     if config.distillation.balance == "dynamic":
         yield (
             "distillation.balance=dynamic: compares sizes of losses, and a policy gradient's value "

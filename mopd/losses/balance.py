@@ -34,11 +34,12 @@ class Balance:
         return self.lambda_kd * _ratio(self.mean_ce, self.mean_kd), self.lambda_ce
 
     def update(self, kd_mean: float, ce_mean: float) -> Balance:
-        """After a step; a step that was skipped, or whose means are not finite, changes nothing.
+        """After a step; means that are not finite, or a KD mean of 0 (nothing judged), change
+        nothing.
 
         Averages begin at their first value, which needs no correction for a start at 0.
         """
-        if not (math.isfinite(kd_mean) and math.isfinite(ce_mean)):
+        if not (math.isfinite(kd_mean) and math.isfinite(ce_mean)) or kd_mean <= 0.0:
             return self
         return replace(
             self,

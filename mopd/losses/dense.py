@@ -54,6 +54,7 @@ def add_dense(
     block.log_teacher.clamp_min_(LOG_TINY)
     own = rows_of(logits, rows.boundary)
     constant = _log_normaliser(own, block.student, shard)[:, None]
+    own = own.clamp_min(torch.finfo(own.dtype).min / 2)  # 0 times minus infinity is not 0
     value, grad = _value_and_gradient(block, own, constant, options.divergence)
     grad.mul_((rows.weight * factor)[:, None])
     if block.student is not probs:

@@ -107,7 +107,7 @@ class GoldLoss(MergingTerm):
         entries = torch.cat([listed, tail[:, None]], dim=1)
         ranked = sorted_l1(
             probs.index_select(1, common.student_rest),
-            largest(entries, entries.shape[1]),
+            largest(entries, self._teacher_width(rows, entries.shape[1])),
             top_u=self.top_u,
             shard=shard,
             width=common.rest_width,
@@ -124,6 +124,11 @@ class GoldLoss(MergingTerm):
                 (common.student_rest[ranked.index], w_unmatched * ranked.slope),
             ),
         )
+
+    def _teacher_width(self, rows: RowBlock, width: int) -> int:
+        """A list is kept whole; of all the teacher's tokens ``top_u`` are, as of the student's."""
+        whole = rows.topk_logprobs.shape[1] == self.projection.teacher_size
+        return min(self.top_u, width) if whole and self.top_u is not None else width
 
 
 def adaptive_weights(common: Tensor) -> tuple[float, float]:

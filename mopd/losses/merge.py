@@ -1,7 +1,7 @@
 """Merged rows: a chunk's student rows made into one before it meets the teacher's merged row.
 
 M_k = sum_i c_i p_i over the rows i of chunk k, p at the temperature of the loss, y the sampled
-tokens (docs/losses.md, merges):
+tokens (docs/losses.md, CTKD: options):
 
     boundary   the chunk's first row alone (default)
     mean_prob  c_i = 1 / m, probabilities on both sides (TRL)

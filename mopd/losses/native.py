@@ -1,7 +1,7 @@
 """Rows over the student's own vocabulary: no projection stands between the two sides.
 
 What the teacher says at a student index inside a chunk arrives like this, and so do rows whose
-teacher mass was already carried over to student tokens (docs/losses.md, native rows).
+teacher mass was already carried over to student tokens (docs/losses.md, CTKD: options).
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from mopd.losses.chunk import token_logprobs, write_token_gradient
 from mopd.losses.vocab import VocabShard
 
 MAX_LOG_RATIO = 20.0
+CHUNKS = "chunks"  # the count that the other sums of ``extra`` are divided by
 
 Importance = Literal["icepop", "tis", "ppo", "sequence_mask", "none"]
 # of the ratio, where a recipe gives none: IcePop's as MOPD uses it, TIS's and PPO's usual ones
@@ -103,6 +104,8 @@ class OpdLoss:
             token_grad=slope,
             kl=-torch.where(chunks.owned, chunks.weight * gap, 0.0).sum(),
             extra={
+                CHUNKS: chunks.owned.sum().to(ratio.dtype),
+                "distance": -torch.where(chunks.owned, gap, 0.0).sum(),
                 "gated": (share * gated).sum(),
                 "ratio": (share * ratio).sum(),
                 "log_ratio": (share * size).sum(),

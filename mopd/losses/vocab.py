@@ -93,6 +93,7 @@ class VocabShard:
 
         Equal values keep the order of the shards.
         """
+        k = min(k, self.vocab_size)
         width = min(k, self.size + self.padding)  # alike on all shards
         top, index = values.topk(min(width, self.size), dim=-1)
         short = width - top.shape[-1]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mopd.align.batch import Sample
 from mopd.align.boundaries import align_positions, chunk_counts
-from mopd.align.payload import PayloadOptions, interior_coverage, shared_columns, teacher_rows
+from mopd.align.payload import PayloadOptions, column_peaks, shared_columns, teacher_rows
 from mopd.align.positions import canonical_prefix
 from mopd.align.select import byte_scores, select
 from mopd.align.tokens import TextAlignment, TokenText, align_tokens
@@ -35,16 +35,22 @@ class Tally:
         return {name: (self.sums[name], self.counts[name]) for name in self.sums}
 
 
+def _alone(values: np.ndarray) -> np.ndarray:
+    return values
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlignOptions:
     """``by_position`` is the negative control, ``canonical_prefix`` trains no further than that.
 
-    ``shared_columns`` keeps so many columns of whole rows, the same in a whole step.
+    ``shared_columns`` keeps so many columns of whole rows, the same in a whole step: for that
+    ``max_over_replicas`` takes the larger of a vector over the lead ranks of all replicas.
     """
 
     by_position: bool = False
     canonical_prefix: bool = False
     shared_columns: int | None = None
+    max_over_replicas: Callable[[np.ndarray], np.ndarray] = _alone
 
 
 class Aligner:
@@ -82,14 +88,16 @@ class Aligner:
     def _with_columns(
         self, scores: Sequence[Mapping[str, TeacherScores]]
     ) -> Mapping[str, PayloadOptions]:
+        """The same columns on every replica: the reduction runs for every teacher, heard or not."""
         if self._options.shared_columns is None:
             return self._payload
-        chosen = dict(self._payload)
+        chosen = {}
         for name, options in self._payload.items():
             said = [per_teacher[name] for per_teacher in scores if name in per_teacher]
-            if said:
-                columns = shared_columns(said, self._options.shared_columns)
-                chosen[name] = replace(options, columns=columns)
+            peaks = column_peaks(said, self._teachers[name].vocabulary.size)
+            peaks = self._options.max_over_replicas(peaks)
+            columns = shared_columns(peaks, self._options.shared_columns)
+            chosen[name] = replace(options, columns=columns)
         return chosen
 
     def _sample(
@@ -106,6 +114,7 @@ class Aligner:
             found = self._alignment(rollout, score)
             self._count(rollout, name, found, tally)
             trainable = found.trainable(trained)
+            report: dict[str, tuple[float, float]] = {}
             rows[name] = teacher_rows(
                 score,
                 found.alignment,
@@ -113,16 +122,10 @@ class Aligner:
                 trainable=trainable,
                 options=payload[name],
                 sampling_logprobs=rollout.logprobs,
+                report=report,
             )
-            if payload[name].interior is not None:
-                covered = interior_coverage(
-                    score,
-                    found.alignment,
-                    student_ids=rollout.token_ids,
-                    trainable=trainable,
-                    options=payload[name],
-                )
-                tally.add(f"interior_coverage/{name}", *covered)
+            for metric, (total, count) in report.items():
+                tally.add(f"{metric}/{name}", total, count)
             if self._objective.selection is not None:
                 kind = self._objective.selection_score
                 said[name] = byte_scores(score, found.alignment, kind)
@@ -131,7 +134,7 @@ class Aligner:
                 rows, said, mode=self._objective.selection, sharpness=self._objective.sharpness
             )
         _describe(rollout, rows, trained, tally)
-        return Sample(rollout=rollout, rows=rows)
+        return Sample(rollout=rollout, rows=rows, trained=trained)
 
     def _trained(self, rollout: Rollout) -> np.ndarray:
         """[S] bool."""
@@ -163,11 +166,13 @@ class Aligner:
         teacher = self._teachers[scores.teacher]
         student_stops = rollout.finish_reason == "stop"
         teacher_stops = len(scores.token_ids) > 0 and scores.token_ids[-1] == teacher.eos_id
+        written = slice(-1) if student_stops else slice(None)
         read = slice(-1) if teacher_stops else slice(None)
         return align_tokens(
             TokenText(
-                ids=rollout.token_ids[:-1] if student_stops else rollout.token_ids,
+                ids=rollout.token_ids[written],
                 vocabulary=self._student.vocabulary,
+                byte_ends=rollout.byte_ends[written],
             ),
             TokenText(
                 ids=scores.token_ids[read],

@@ -36,7 +36,7 @@ from mopd.runtime.payloads import (
     payload_options,
     projection_options,
 )
-from mopd.runtime.replica import sum_over_leads
+from mopd.runtime.replica import max_over_leads, sum_over_leads
 from mopd.serving.journal import Journal, journal_path
 from mopd.student.model import StudentModel, build_student
 from mopd.student.optim import build_optimizer
@@ -229,6 +229,7 @@ def _feed(
                 by_position=section.alignment == "position",
                 canonical_prefix=section.positions == "canonical_prefix",
                 shared_columns=section.shared_columns,
+                max_over_replicas=lambda values: max_over_leads(topology, values),
             ),
         ),
         journal=journal,
@@ -258,6 +259,11 @@ def _student(
         raise ConfigError(
             f"student.tokenizer has {vocab_size} tokens and student.model only {model.vocab_size}; "
             "name the tokenizer that belongs to the model"
+        )
+    if start + size > vocab_size and (topology.tp_size - 1) * size >= vocab_size:
+        raise ConfigError(
+            f"student.parallel.tensor_model_parallel_size={topology.tp_size}: a vocabulary of "
+            f"{vocab_size} tokens leaves the last rank without one; lower it"
         )
     terms = teacher_terms(config, found, start=start, end=start + size, device=topology.device)
     head = DistillationHead(

@@ -14,8 +14,8 @@ from mopd.runtime.weights import (
     Normalizer,
     Shares,
     dynamic_weights,
-    replace_failed,
     score_sums,
+    stand_ins,
 )
 from mopd.types import StepBatch, TeacherScores
 
@@ -64,11 +64,12 @@ def collate(
     local = _local_sums(weighed, scores, masked=masked, objective=objective)
     totals = _read(sum_over_replicas(local), objective)
     weighed = normalizer.domain_weights(weighed, totals.shares)
-    weighed = [replace_failed(sample, objective.weights) for sample in weighed]
-    micro_batches = make_micro_batches(weighed, micro_batch_size=micro_batch_size, pad_id=pad_id)
     weights = {}
     if objective.score is not None:
         weights = dynamic_weights(objective.weights, totals.scores, objective.sharpness)
+    selected = objective.selection is not None
+    weighed = [stand_ins(s, weights or objective.weights, selected=selected) for s in weighed]
+    micro_batches = make_micro_batches(weighed, micro_batch_size=micro_batch_size, pad_id=pad_id)
     batch = StepBatch(
         step=step,
         micro_batches=micro_batches,
@@ -90,14 +91,13 @@ def _local_sums(
 ) -> np.ndarray:
     shares = objective.normalizer.shares(samples)
     tokens = sum(len(s.rollout.prompt_ids) + len(s.rollout.token_ids) for s in samples)
-    trained = sum(int(s.rollout.loss_mask.sum()) for s in samples)
+    trained = sum(int(s.loss_mask.sum()) for s in samples)
     sums = np.zeros((len(objective.weights), 2))
     if objective.score is not None:
-        for sample, per_teacher in zip(samples, scores, strict=True):
+        for per_teacher in scores:
             for place, name in enumerate(objective.weights):
                 if name in per_teacher:
-                    num_bytes = len(sample.rollout.response)
-                    sums[place] += score_sums(per_teacher[name], objective.score, num_bytes)
+                    sums[place] += score_sums(per_teacher[name], objective.score)
     rest = np.array([tokens, trained, *masked], dtype=np.float64)
     return np.concatenate([shares.mass.ravel(), shares.samples.ravel(), sums.ravel(), rest])
 

@@ -13,6 +13,7 @@ import numpy as np
 from mopd.errors import DidNotLearnError, MopdError
 from mopd.losses.balance import Balance
 from mopd.losses.cross_entropy import CROSS_ENTROPY
+from mopd.losses.opd import CHUNKS
 from mopd.metrics.metric import means, merge, values
 from mopd.metrics.sinks import Sink
 from mopd.metrics.summary import Summary
@@ -163,19 +164,21 @@ def _rebalance(run: Run, state: State, batch: StepBatch, result: StepResult) -> 
     balance = _balance(run, state)
     if result.skipped or balance.mode == "fixed":
         return
-    weights = {**static_weights(run.config), **batch.weights}
-    distilled = sum(
-        weight * _mean(f"loss/{name}", result, batch) for name, weight in weights.items()
-    )
+    every = {**static_weights(run.config), **batch.weights}
+    weights = {name: w for name, w in every.items() if batch.denominators.get(name, 0.0) > 0}
+    distilled = sum(w * _mean(f"loss/{name}", result, batch) for name, w in weights.items())
+    distilled /= sum(weights.values()) or 1.0
     crossed = _mean(f"loss/{CROSS_ENTROPY}", result, batch)
     state.balance = balance.update(distilled, crossed).state()
 
 
 def _mean(name: str, result: StepResult, batch: StepBatch) -> float:
-    """Of a sum that a loss reported: over the teacher's rows, or over the response tokens."""
-    of = name.split("/", 1)[1]
+    """Of a loss's sum: over the teacher's rows, its chunks, or the response tokens."""
+    kind, of = name.split("/", 1)
     count = batch.num_response_tokens if of == CROSS_ENTROPY else batch.denominators[of]
-    return result.metrics.get(name, 0.0) / max(count, 1.0)
+    if kind not in ("loss", "kl"):
+        count = result.metrics[f"{CHUNKS}/{of}"]
+    return result.metrics.get(name, 0.0) / (count or 1.0)
 
 
 def _log(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seconds: float) -> None:
@@ -185,8 +188,9 @@ def _log(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seconds:
         "lr": result.lr,
         "skipped": float(result.skipped),
     }
-    for name in result.metrics:  # loss/<teacher>, kl/<teacher>, loss/cross_entropy
-        line[name] = _mean(name, result, batch)
+    for name in result.metrics:  # loss/<teacher>, kl/<teacher>, loss/cross_entropy, ...
+        if not name.startswith(f"{CHUNKS}/"):
+            line[name] = _mean(name, result, batch)
     if run.feed is None:
         return
     if batch.step == 0:
@@ -209,9 +213,10 @@ def _log(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seconds:
 def _warn_of_distance(run: Run, sink: Sink, line: Mapping[str, float]) -> None:
     """A policy gradient needs a teacher that finds the student's answers likely."""
     for name, pair in run.pairs.items():
-        if pair.loss == "opd" and line.get(f"kl/{name}", 0.0) > FAR_TEACHER:
+        if pair.loss == "opd" and line.get(f"distance/{name}", 0.0) > FAR_TEACHER:
+            distance = line[f"distance/{name}"]
             sink.note(
-                f"warning: {name} is far from the student ({line[f'kl/{name}']:.2f} nats a chunk, "
+                f"warning: {name} is far from the student ({distance:.2f} nats a chunk, "
                 f"above {FAR_TEACHER}); expect a slow or unstable policy gradient, or begin with "
                 "distillation.loss=kl or ctkd"
             )

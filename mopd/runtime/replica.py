@@ -28,10 +28,19 @@ def from_lead(topology: Topology, value: T | None) -> T:
 
 def sum_over_leads(topology: Topology, values: np.ndarray) -> np.ndarray:
     """Sum of float64 vectors over the same place of every replica."""
+    return _reduced(topology, np.asarray(values, dtype=np.float64), dist.ReduceOp.SUM)
+
+
+def max_over_leads(topology: Topology, values: np.ndarray) -> np.ndarray:
+    """The larger values of vectors over the same place of every replica."""
+    return _reduced(topology, values, dist.ReduceOp.MAX)
+
+
+def _reduced(topology: Topology, values: np.ndarray, how: dist.ReduceOp.RedOpType) -> np.ndarray:
     if topology.dp_size == 1:
         return values
-    tensor = torch.from_numpy(np.array(values, dtype=np.float64))
-    dist.all_reduce(tensor, group=topology.dp_host_group)
+    tensor = torch.from_numpy(values.copy())
+    dist.all_reduce(tensor, op=how, group=topology.dp_host_group)
     return tensor.numpy()
 
 

@@ -20,7 +20,8 @@ Normalization = Literal["chunk", "token", "sequence"]
 class Shares:
     """Sums over the samples of a step, to be added over replicas: [teachers, domains] each.
 
-    ``mass`` is what a teacher's mean is taken over, ``samples`` the answers that it judged.
+    ``mass`` is what a teacher's mean is taken over, ``samples`` the answers that it was asked for
+    and anybody judged.
     """
 
     mass: np.ndarray
@@ -50,26 +51,32 @@ class Normalizer:
         ]
 
     def shares(self, samples: Sequence[Sample]) -> Shares:
-        """Of this replica."""
+        """Of this replica, before anything was weighed.
+
+        A teacher whose reply to an answer failed counts there as the others do, so that they can
+        stand in for it (`stand_ins`).
+        """
         mass = np.zeros((len(self.teachers), len(self.domains)))
         count = np.zeros_like(mass)
         for sample in samples:
             domain = self.domains.index(sample.rollout.prompt.domain)
-            for name, rows in sample.rows.items():
-                if len(rows.chunk_weight):
+            own = {name: self._mass(*mass_) for name, mass_ in sample.mass.items()}
+            judged = [value for value in own.values() if value > 0]
+            for name, value in own.items():
+                if judged:
                     teacher = self.teachers.index(name)
-                    mass[teacher, domain] += self._mass(rows)
+                    mass[teacher, domain] += value if value > 0 else sum(judged) / len(judged)
                     count[teacher, domain] += 1.0
         return Shares(mass=mass, samples=count)
 
-    def _mass(self, rows: TeacherRows) -> float:
+    def _mass(self, chunks: float, tokens: float) -> float:
         match self.normalization:
             case "chunk":
-                return float(rows.chunk_weight.astype(np.float64).sum())
+                return chunks
             case "token":
-                return float((rows.chunk_weight.astype(np.float64) * rows.chunk_size[:, 0]).sum())
+                return tokens
             case "sequence":
-                return 1.0
+                return float(chunks > 0)
 
     def denominators(self, total: Shares) -> dict[str, float]:
         """Per teacher, from the sums over all replicas."""
@@ -105,24 +112,32 @@ def _scaled_rows(rows: TeacherRows, factor: float) -> TeacherRows:
     return replace(rows, **changed)
 
 
-def replace_failed(sample: Sample, weights: Mapping[str, float]) -> Sample:
-    """Where a teacher gave no usable row, the others that judge the answer count for it too."""
-    alive = [name for name, rows in sample.rows.items() if len(rows.chunk_weight)]
-    if len(alive) in (0, len(sample.rows)):
+def stand_ins(sample: Sample, weights: Mapping[str, float], *, selected: bool) -> Sample:
+    """Teachers that judge an answer count for those asked in vain.
+
+    Where teachers were selected chunk by chunk, their rows share each token already, and every one
+    of them counts with the weight of all: the shares add up to 1, the weights must not cut them.
+    """
+    alive = [name for name, (chunks, _) in sample.mass.items() if chunks > 0]
+    asked = sum(weights[name] for name in sample.mass)
+    if not alive or asked <= 0:
         return sample
-    asked = sum(weights[name] for name in sample.rows)
+    if selected:
+        return scaled(sample, {n: asked / weights[n] for n in alive if weights[n] > 0})
     left = sum(weights[name] for name in alive)
-    return scaled(sample, dict.fromkeys(alive, asked / left))
+    return scaled(sample, dict.fromkeys(alive, asked / left)) if left > 0 else sample
 
 
-def score_sums(scores: TeacherScores, kind: Score, num_bytes: int) -> tuple[float, float]:
+def score_sums(scores: TeacherScores, kind: Score) -> tuple[float, float]:
     """(sum, count) of a teacher's score of one answer; the higher, the surer the teacher.
 
     ``nll``: log-probability per byte, which does not depend on the tokenizer; ``entropy``: minus
     the entropy over the listed tokens and the tail; ``confidence``: the largest probability.
+    Missing rows and their bytes count nothing.
     """
     valid = scores.valid
     if kind == "nll":
+        num_bytes = np.diff(scores.byte_ends, prepend=0)[valid].sum()
         return float(scores.logprobs[valid].astype(np.float64).sum()), float(num_bytes)
     per_row = row_scores(scores, kind)[valid]
     return float(per_row.sum()), float(len(per_row))

@@ -156,6 +156,11 @@ def _load_shard(tensors: dict[str, torch.Tensor], student: Student) -> None:
     for owner, companion in _companions(student).items():
         prefix = f"companion.{owner}."
         own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        if not own:
+            raise ArtifactError(
+                f"the checkpoint has no learned projection of {owner}: it was written without "
+                "ctkd.learned; set ctkd.learned.enabled=false, or start afresh"
+            )
         companion.restore({name: tensor.cpu().numpy() for name, tensor in own.items()})
 
 

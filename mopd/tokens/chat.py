@@ -40,9 +40,18 @@ class ChatTokenizer:
         return self.vocabulary.eos_id
 
     def prompt_ids(self, messages: Sequence[Message]) -> np.ndarray:
-        """[P] int32: the rendered template up to where the assistant begins to write."""
+        """[P] int32: the rendered template up to where the assistant begins to write.
+
+        Raises:
+            ConfigError: nothing was rendered; the first answer token would have no past.
+        """
         text = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ConfigError(
+                f"{self._tokenizer.name_or_path}: the chat template renders nothing for a prompt; "
+                "its generation prompt needs at least one token"
+            )
         return np.asarray(ids, dtype=np.int32)

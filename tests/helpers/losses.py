@@ -99,7 +99,7 @@ def make_rows(
         topk_logprobs=logs,
         log_tail=tail,
         chunk_logprob=np.array(chunk_logprob or [0.0] * len(position)),
-        chunk_size=np.array(chunk_size or [(1, 1)] * len(position), dtype=np.int32),
+        chunk_size=np.array(chunk_size or [(1, 1)] * len(position), dtype=np.int32).reshape(-1, 2),
         chunk_weight=np.ones(len(position)),
         chunk_owned=np.ones(len(position), dtype=bool),
         chunk_sequence=np.zeros(len(position), dtype=np.int64),

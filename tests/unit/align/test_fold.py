@@ -9,7 +9,7 @@ import pytest
 
 from mopd.align.fold import column_map, fold_rows, keep_columns
 from mopd.align.paths import PathOptions
-from mopd.align.payload import PayloadOptions, shared_columns
+from mopd.align.payload import PayloadOptions, column_peaks, shared_columns
 from mopd.types import TeacherRows, TeacherScores
 from tests.helpers.payloads import MAX_LENGTH, Problem, dense, random_problem
 
@@ -165,7 +165,7 @@ def test_whole_rows_stay_whole_where_nothing_folds() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_shared_columns_of_whole_rows_are_tempered_over_the_whole_row(temperature: float) -> None:
     problem = random_problem(*VOCABULARIES[0], seed=1)
-    columns = shared_columns([problem.scores], 6)
+    columns = shared_columns(column_peaks([problem.scores], problem.teacher.size), 6)
     rows = problem.rows(problem.scores, PayloadOptions(temperature=temperature, columns=columns))
     assert (rows.topk_ids == columns).all()
     scaled = problem.scores.topk_logprobs.astype(float) / temperature
@@ -191,15 +191,19 @@ def scores_of(logs: list[list[float]], ids: list[list[int]] | None) -> TeacherSc
     )
 
 
+def columns_of(scores: list[TeacherScores], k: int, size: int = 4) -> np.ndarray:
+    return shared_columns(column_peaks(scores, size), k)
+
+
 def test_shared_columns_are_those_with_the_highest_maximum() -> None:
     with np.errstate(divide="ignore"):
         first = scores_of(np.log([[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6]]).tolist(), None)
         other = scores_of(np.log([[0.0, 0.5, 0.5, 0.0]]).tolist(), None)
-    assert shared_columns([first], 2).tolist() == [0, 3]
-    assert shared_columns([first, other], 3).tolist() == [0, 1, 3]  # 1 and 2 tie
+    assert columns_of([first], 2).tolist() == [0, 3]
+    assert columns_of([first, other], 3).tolist() == [0, 1, 3]  # 1 and 2 tie
     moved = replace(first, topk_logprobs=first.topk_logprobs - np.array([[50.0], [0.0]]))
-    assert shared_columns([moved], 2).tolist() == [0, 3]  # logits of different rows compare
+    assert columns_of([moved], 2).tolist() == [0, 3]  # rows compare
     listed = scores_of(np.log([[0.6, 0.3], [0.5, 0.4]]).tolist(), [[9, 2], [2, -1]])
-    assert shared_columns([listed], 5).tolist() == [2, 9]
+    assert columns_of([listed], 5, size=10).tolist() == [2, 9]
     failed = replace(first, valid=np.array([False, True]))
-    assert shared_columns([failed], 1).tolist() == [3]
+    assert columns_of([failed], 1).tolist() == [3]

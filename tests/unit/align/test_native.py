@@ -9,7 +9,7 @@ import pytest
 
 from mopd.align.boundaries import align_bytes
 from mopd.align.interior import Interior
-from mopd.align.payload import PayloadOptions, interior_coverage, teacher_rows
+from mopd.align.payload import PayloadOptions, teacher_rows
 from mopd.align.pull import Pieces
 from mopd.projection import ProjectionOptions
 from mopd.projection.build import teacher_pieces
@@ -84,13 +84,16 @@ def test_interior_rows_are_what_the_boundary_row_says_of_the_rest(number: int, w
         listed = {int(t): float(row[t]) for t in np.flatnonzero(row)}
         assert listed == pytest.approx({t: m / total for t, m in mass.items()}, rel=1e-5)
     num_asked = len(asked)
-    covered, count = interior_coverage(
+    report: dict[str, tuple[float, float]] = {}
+    teacher_rows(
         scores,
         problem.alignment,
         student_ids=problem.student_ids,
         trainable=np.ones(len(problem.student_ids), dtype=bool),
         options=options,
+        report=report,
     )
+    covered, count = report["interior_coverage"]
     shares = [z / fits if fits else 0.0 for _, z, fits in expected.values()]
     assert (covered, count) == (pytest.approx(sum(shares), abs=1e-5), len(shares))
     assert len(asked) == num_asked  # every place inside a teacher token is asked for once

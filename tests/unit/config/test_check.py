@@ -140,6 +140,30 @@ def test_a_right_recipe_passes(recipe: dict[str, Any]) -> None:
         (["distillation.loss=opd", "opd={lower: 3, upper: 2}"], "opd.lower: 3 is above"),
         (["distillation.loss=opd", "opd.lower=3"], "opd.upper: is not set"),
         (
+            ["distillation.loss=opd", "opd={importance: none, lower: 1, upper: 2}"],
+            "is not read with importance=none",
+        ),
+        (
+            ["distillation={loss: kl, top_k: null, shared_columns: 9}", "kl.support=union"],
+            "set distillation.shared_columns=null",
+        ),
+        (
+            [
+                "distillation={top_k: null, shared_columns: 9}",
+                "ctkd={direction: pull, path_terms: false}",
+            ],
+            "a pull lists the student's tokens",
+        ),
+        (["ctkd={loss_type: hkl, unreachable: rest}"], "folds nothing"),
+        (["ctkd={learned: {enabled: true}, gamma: 0.1, map: exact}"], "leaves nothing to learn"),
+        (
+            [
+                "distillation={balance: dynamic, crossentropy_weight: 1}",
+                "ctkd.divergence.top_k_mode=trunc",
+            ],
+            "may be negative",
+        ),
+        (
             ["distillation={loss: opd, balance: dynamic, crossentropy_weight: 1}"],
             "a policy gradient's value has none",
         ),

@@ -180,3 +180,15 @@ def test_only_one_teacher_column():
         value, grad = run_gold(case.logits, case.dense(), case.projection, options)
         torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(grad, leaf.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_listing_the_whole_vocabulary_is_cut_on_both_sides_as_whole_rows_are():
+    case = gold_problem((23, 17), 6, seed=4)
+    rows = case.dense()
+    logs = torch.log_softmax(torch.as_tensor(case.teacher), -1).numpy()
+    every = np.arange(case.projection.teacher_size, dtype=np.int32)
+    listed = dataclasses.replace(rows, topk_ids=every, topk_logprobs=logs)
+    options = {"divergence": Divergence(kind="jsd", beta=0.5), "top_u": 3}
+    wanted = run_gold(case.logits, rows, case.projection, options)
+    found = run_gold(case.logits, listed, case.projection, options)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)

@@ -126,6 +126,26 @@ def test_an_equal_teacher_asks_for_nothing():
             assert float(grad.abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_that_neither_side_writes_counts_nothing(kind):
+    case = whole_rows(10)
+    loss = build_loss("kl", None, divergence=Divergence(kind=kind))
+    teacher = case.rows.topk_logprobs.copy()
+    teacher[:, 6] = -np.inf
+    logits = case.logits.clone()
+    logits[:, 6] = -torch.inf
+    value, grad = run_head(
+        loss, logits, replace(case.rows, topk_logprobs=teacher), shard=SHARD, projection=None
+    )
+    keep = [i for i in range(V_S) if i != 6]
+    fewer = replace(case.rows, topk_logprobs=teacher[:, keep])
+    without = VocabShard(start=0, size=V_S - 1, vocab_size=V_S - 1)
+    wanted, slope = run_head(loss, logits[:, keep], fewer, shard=without, projection=None)
+    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad[:, keep], slope, rtol=1e-12, atol=1e-12)
+    assert not grad[:, 6].any()
+
+
 def test_a_nan_in_a_trained_row_surfaces_and_one_elsewhere_does_not():
     case = whole_rows(9)
     loss = build_loss("kl", None, beta=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,9 +115,50 @@ def test_nothing_is_trained_behind_the_canonical_prefix():
     assert (rows["a"].position < cut).all()
     size = len(answer.token_ids)
     assert tally.metrics()["untrained"] == (size - cut, size)
-    assert tally.metrics()["masked"][0] == 0.0  # nobody is blamed for what is not asked
+    last = int(rows["a"].token_position[-1]) + 1
+    assert tally.metrics()["masked"][0] == cut - last  # of a chunk that goes on behind the prefix
     every, _ = rows_of(aligner(AlignOptions()), answer, said)
     assert every["a"].position[-1] == size - 1
+
+
+@pytest.mark.parametrize("selection", [None, "best"])
+def test_a_frame_that_the_student_writes_masks_itself_alone(selection) -> None:
+    pad = STUDENT.vocabulary.roles["pad"]
+    answer = rollout([pad, *STUDENT.vocabulary.encode(TEXT.encode())])
+    reading = TEACHER.vocabulary.read(answer.response)
+    ids = np.asarray([*reading.ids, TEACHER.eos_id], dtype=np.int32)
+    plain = scores("a", -1.0)
+    extra = len(ids) - len(plain.token_ids)
+
+    def longer(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.repeat(values[:1], extra, axis=0), values])
+
+    said = replace(
+        plain,
+        token_ids=ids,
+        byte_ends=TEACHER.vocabulary.byte_ends(ids),
+        **{
+            name: longer(getattr(plain, name))
+            for name in ("logprobs", "topk_ids", "topk_logprobs", "log_tail", "valid")
+        },
+    )
+    found = aligner(AlignOptions(), selection=selection)
+    rows, tally = rows_of(found, answer, {"a": said, "b": replace(said, teacher="b")})
+    assert tally.metrics()["alignment_mismatch/a"] == (0.0, 1.0)
+    assert rows["a"].position[0] == 1  # behind the frame
+    assert tally.metrics()["masked"][0] == 1.0
+
+
+def test_shared_columns_are_the_same_on_every_replica() -> None:
+    def other(peaks: np.ndarray) -> np.ndarray:
+        raised = peaks.copy()
+        raised[7] = 0.0  # likely in another replica's answers
+        return raised
+
+    said = {"a": scores("a", -1.0, dense=True)}
+    found = aligner(AlignOptions(shared_columns=2, max_over_replicas=other))
+    rows, _ = rows_of(found, rollout(), said)
+    assert rows["a"].topk_ids.tolist() == [3, 7]
 
 
 def test_shared_columns_are_the_likeliest_of_the_step():

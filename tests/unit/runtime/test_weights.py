@@ -10,9 +10,9 @@ from mopd.runtime.collate import Objective, collate
 from mopd.runtime.weights import (
     Normalizer,
     dynamic_weights,
-    replace_failed,
     scaled,
     score_sums,
+    stand_ins,
 )
 from mopd.types import Prompt, Rollout, TeacherRows, TeacherScores
 from tests.helpers.losses import make_rows
@@ -100,13 +100,67 @@ def test_chunk_path_and_row_weights_go_together():
     assert rows.row_weight.tolist() == rows.chunk_weight.tolist() == [0.25] * 4
 
 
-def test_a_failed_reply_is_made_up_for_by_the_others():
-    both = sample("a", 3, {"t": 3, "u": 0, "v": 3})
-    found = replace_failed(both, {"t": 0.5, "u": 0.3, "v": 0.2})
-    assert found.rows["t"].row_weight.tolist() == pytest.approx([1.0 / 0.7] * 3)
-    assert found.rows["v"].row_weight.tolist() == pytest.approx([1.0 / 0.7] * 3)
-    alone = sample("a", 3, {"t": 0})
-    assert replace_failed(alone, {"t": 1.0}) is alone
+def of_teachers(samples: list[Sample], weights: dict[str, float], *, selected: bool = False):
+    """What each teacher counts in all, with its own mean and its weight."""
+    of = Normalizer(teachers=tuple(weights), domains=("a",), normalization="chunk", by_domain=True)
+    shares = of.shares(samples)
+    weighed = of.domain_weights(samples, shares)
+    weighed = [stand_ins(sample, weights, selected=selected) for sample in weighed]
+    denominators = of.denominators(shares)
+    return {
+        name: weights[name]
+        * sum(float(s.rows[name].row_weight.sum()) for s in weighed if name in s.rows)
+        / denominators[name]
+        for name in weights
+        if denominators[name]
+    }
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_what_is_left_of_a_failed_reply_adds_up_to_1(failures: int) -> None:
+    weights = {"t": 0.1, "u": 0.9}
+    samples = [sample("a", 3, {"t": 3, "u": 0 if n < failures else 3}) for n in range(4)]
+    found = of_teachers(samples, weights)
+    assert found["u"] == pytest.approx(0.9 * (4 - failures) / 4)
+    assert sum(found.values()) == pytest.approx(1.0)
+
+
+def test_an_answer_that_nobody_judged_counts_nowhere() -> None:
+    samples = [sample("a", 3, {"t": 0, "u": 0}), sample("a", 3, {"t": 3, "u": 3})]
+    assert of_teachers(samples, {"t": 0.5, "u": 0.5}) == pytest.approx({"t": 0.5, "u": 0.5})
+    assert stand_ins(samples[0], {"t": 0.5, "u": 0.5}, selected=False) is samples[0]
+
+
+@pytest.mark.parametrize("chosen", [0, 1, 10])
+def test_selected_rows_count_by_token_however_seldom_a_teacher_is_chosen(chosen: int) -> None:
+    both = sample("a", 10, {"t": 10, "u": 10})
+    take = (np.arange(10) < chosen).astype(np.float32)
+    rows = {
+        "t": replace(both.rows["t"], row_weight=take),
+        "u": replace(both.rows["u"], row_weight=1.0 - take),
+    }
+    found = of_teachers([replace(both, rows=rows)], {"t": 0.3, "u": 0.7}, selected=True)
+    assert found == pytest.approx({"t": chosen / 10, "u": 1.0 - chosen / 10})
+
+
+def test_a_domain_where_a_teacher_is_never_chosen_loses_nothing() -> None:
+    of = Normalizer(teachers=("t", "u"), domains=("a", "b"), normalization="chunk", by_domain=True)
+    samples = [sample("a", 4, {"t": 4, "u": 4}), sample("b", 4, {"t": 4, "u": 4})]
+    none = np.zeros(4, dtype=np.float32)
+    rows = [
+        {"t": samples[0].rows["t"], "u": replace(samples[0].rows["u"], row_weight=none)},
+        {"t": replace(samples[1].rows["t"], row_weight=none), "u": samples[1].rows["u"]},
+    ]
+    samples = [replace(s, rows=r) for s, r in zip(samples, rows, strict=True)]
+    shares = of.shares(samples)
+    weights = {"t": 0.5, "u": 0.5}
+    weighed = [stand_ins(s, weights, selected=True) for s in of.domain_weights(samples, shares)]
+    total = sum(
+        weights[name] * float(s.rows[name].row_weight.sum()) / of.denominators(shares)[name]
+        for s in weighed
+        for name in weights
+    )
+    assert total == pytest.approx(1.0)
 
 
 def scores(logprobs: list[float], top: list[list[float]]) -> TeacherScores:
@@ -117,7 +171,7 @@ def scores(logprobs: list[float], top: list[list[float]]) -> TeacherScores:
         teacher="t",
         model_fingerprint="f",
         token_ids=np.zeros(size, dtype=np.int32),
-        byte_ends=np.arange(size),
+        byte_ends=np.arange(1, size + 1) * (6 // size),
         logprobs=np.array(logprobs, dtype=np.float32),
         topk_ids=np.zeros((size, len(top[0])), dtype=np.int32),
         topk_logprobs=logs,
@@ -129,15 +183,24 @@ def scores(logprobs: list[float], top: list[list[float]]) -> TeacherScores:
 
 def test_nll_counts_bytes_so_that_pieces_do_not_matter():
     whole, split = scores([-1.5], [[0.5]]), scores([-1.0, -0.5], [[0.5], [0.5]])
-    assert score_sums(whole, "nll", 6) == pytest.approx((-1.5, 6.0))
-    assert score_sums(split, "nll", 6) == pytest.approx((-1.5, 6.0))
+    assert score_sums(whole, "nll") == pytest.approx((-1.5, 6.0))
+    assert score_sums(split, "nll") == pytest.approx((-1.5, 6.0))
+
+
+def test_a_failed_reply_says_nothing_of_its_teacher() -> None:
+    found = scores([-1.0, -0.5], [[0.5], [0.5]])
+    failed = replace(found, valid=np.zeros(2, dtype=bool))
+    half = replace(found, valid=np.array([True, False]))
+    for kind in ("nll", "entropy", "confidence"):
+        assert score_sums(failed, kind) == (0.0, 0.0)
+    assert score_sums(half, "nll") == pytest.approx((-1.0, 3.0))
 
 
 def test_entropy_and_confidence():
     found = scores([-1.0, -1.0], [[0.5, 0.25], [0.9, 0.1]])
-    assert score_sums(found, "confidence", 1) == pytest.approx((1.4, 2.0))
+    assert score_sums(found, "confidence") == pytest.approx((1.4, 2.0))
     negative = sum(p * np.log(p) for p in (0.5, 0.25, 0.25, 0.9, 0.1))
-    assert score_sums(found, "entropy", 1) == pytest.approx((negative, 2.0), abs=1e-5)
+    assert score_sums(found, "entropy") == pytest.approx((negative, 2.0), abs=1e-5)
 
 
 def test_surer_teachers_weigh_more_and_silent_ones_nothing():
