@@ -21,5 +21,16 @@ class TeacherError(MopdError, RuntimeError):
     """A teacher's answer is outside its contract (shape, ids, log-probabilities)."""
 
 
+class TeacherExhausted(TeacherError):
+    """No replica of a teacher answered within its budget; ``teacher`` is its name."""
+
+    def __init__(self, teacher: str, message: str) -> None:
+        super().__init__(teacher, message)
+        self.teacher = teacher
+
+    def __str__(self) -> str:
+        return f"teachers.{self.teacher}: {self.args[1]}"
+
+
 class DidNotLearnError(MopdError, RuntimeError):
     """The run ended and no domain improved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -11,11 +12,14 @@ from mopd.config.check_losses import check_losses
 from mopd.config.keys import printable
 from mopd.config.model_shape import check_layout, read_model_config
 from mopd.config.schema import RolloutBackendSection, RunConfig, TeacherBackendSection
+from mopd.config.urls import checked_url
 from mopd.errors import ConfigError
 
 FILL_IN = "or use launch/train.py, which fills in the embedded world"
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SERVER_TYPES = ("vllm", "openai")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -61,6 +65,7 @@ def _backends(config: RunConfig) -> Iterator[str]:
     yield from _target("rollout.backend", config.rollout.backend)
     for name, teacher in config.teachers.items():
         yield from _target(f"teachers.{name}.backend", teacher.backend)
+        yield from _servers(f"teachers.{name}.backend", teacher.backend, config)
     rollout = config.rollout.backend
     if rollout.type == "replay" and rollout.path is None:
         yield "rollout.backend.path: is not set; a replay needs the journal of another run"
@@ -77,6 +82,41 @@ def _target(prefix: str, backend: TeacherBackendSection | RolloutBackendSection)
         yield f"{prefix}.target: is not set; type=custom needs package.module:Name"
     elif not TARGET.fullmatch(target):
         yield f"{prefix}.target: expected package.module:Name, got `{target}`"
+
+
+def _servers(prefix: str, backend: TeacherBackendSection, config: RunConfig) -> Iterator[str]:
+    if backend.type not in SERVER_TYPES:
+        for key in ("urls", "served_model", "api_key_env"):
+            if getattr(backend, key):
+                kinds = " or ".join(SERVER_TYPES)
+                yield f"{prefix}.{key}: is only read by type={kinds}; set one of them"
+        return
+    if not backend.urls:
+        yield f"{prefix}.urls: is empty; add a server, as in [http://127.0.0.1:8000]"
+    if len(set(backend.urls)) < len(backend.urls):
+        yield f"{prefix}.urls: lists a server twice; give each replica once"
+    for url in backend.urls:
+        try:
+            checked_url(url)
+        except ValueError as error:
+            yield f"{prefix}.urls: {_without_userinfo(url)} {error}"
+    if config.distillation.temperature != 1.0:
+        yield (
+            f"distillation.temperature={config.distillation.temperature:g}: {prefix}.type="
+            f"{backend.type} sends no log-sum-exp; set temperature to 1, or type=hf"
+        )
+    variable = backend.api_key_env
+    if variable is None:
+        return
+    if not ENVIRONMENT_NAME.fullmatch(variable):
+        yield f"{prefix}.api_key_env: give the NAME of an environment variable, not the key"
+    elif not os.environ.get(variable):
+        yield f"{prefix}.api_key_env: the environment variable {variable} is not set; set it"
+
+
+def _without_userinfo(url: str) -> str:
+    """A mistaken URL may hold a password."""
+    return re.sub(r"//.*@", "//***@", url)
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:

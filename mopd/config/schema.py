@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 LossName = Literal["ctkd", "gold", "uld", "kl", "opd"]
@@ -80,11 +81,24 @@ class StudentSection(Section):
 
 
 class TeacherBackendSection(Section):
-    """`hf`: in-process transformers. `uniform`: every token equally likely, a negative control."""
+    """Who computes the scores.
 
-    type: Literal["hf", "uniform", "custom"] = "hf"
+    `hf`: in-process transformers. `vllm`, `openai`: servers at `urls`, replicas of one model.
+    `uniform`: every token equally likely, a negative control.
+    """
+
+    type: Literal["hf", "uniform", "custom", "vllm", "openai"] = "hf"
     target: str | None = None  # package.module:Name, for `custom`
     batch_size: PositiveInt = 64
+    urls: tuple[str, ...] = ()  # base URLs, as in http://127.0.0.1:8000
+    served_model: str | None = None  # None: the only model that the servers list
+    api_key_env: str | None = None  # NAME of an environment variable
+    deadline_s: PositiveFloat = 60.0  # of one request, from the connection to the last byte
+    start_s: NonNegativeFloat = 300.0  # how long a server may take until it is healthy
+    max_retries: NonNegativeInt = 5  # of one request
+    max_outstanding: PositiveInt = 8  # requests at a time, per server
+    restart_budget_s: NonNegativeFloat = 300.0  # how long all servers may be away
+    tolerance: PositiveFloat = 0.05  # between two scores of one text by the same model
 
 
 class TeacherSection(Section):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,15 +35,13 @@ from mopd.runtime.payloads import (
     projection_options,
 )
 from mopd.runtime.replica import max_over_leads, sum_over_leads
+from mopd.runtime.teachers import build_pool, custom
 from mopd.serving.journal import Journal, journal_path
 from mopd.student.model import StudentModel, build_student
 from mopd.student.optim import build_optimizer
 from mopd.student.parallel import Topology, initialize
 from mopd.student.step import Student
-from mopd.teachers.base import Teacher
-from mopd.teachers.hf import HfTeacher
 from mopd.teachers.pool import TeacherPool
-from mopd.teachers.uniform import UniformTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Projection, Prompt
 
@@ -103,7 +99,9 @@ def build_run(config: RunConfig) -> Run:
     spans = Spans()
     if topology.is_lead:
         sampler = _sampler(config, tokenizers.student, topology)
-        pool = _teachers(config, tokenizers, topology)
+        pool = build_pool(
+            config, tokenizers.teachers, student=tokenizers.student, device=topology.device
+        )
         journal = Journal(journal_path(directory, topology.dp_rank))
         feed = _feed(
             config,
@@ -287,7 +285,7 @@ def _student(
 def _sampler(config: RunConfig, tokenizer: ChatTokenizer, topology: Topology) -> Sampler:
     rollout = config.rollout
     if rollout.backend.type == "custom":
-        return _custom(rollout.backend.target, config=config, tokenizer=tokenizer)
+        return custom(rollout.backend.target, config=config, tokenizer=tokenizer)
     assert config.student.model is not None
     live = HfSampler(
         Path(config.student.model),
@@ -308,42 +306,3 @@ def _sampler(config: RunConfig, tokenizer: ChatTokenizer, topology: Topology) ->
         num_generations=rollout.num_generations_per_prompt,
         live=live,
     )
-
-
-def _teachers(config: RunConfig, tokenizers: _Tokenizers, topology: Topology) -> TeacherPool:
-    return TeacherPool(
-        {name: _teacher(config, name, tokenizers, topology) for name in active_teachers(config)}
-    )
-
-
-def _teacher(config: RunConfig, name: str, tokenizers: _Tokenizers, topology: Topology) -> Teacher:
-    section, tokenizer = config.teachers[name], tokenizers.teachers[name]
-    top_k = config.distillation.top_k
-    match section.backend.type:
-        case "uniform":
-            return UniformTeacher(
-                name, tokenizer=tokenizer, student=tokenizers.student, top_k=top_k
-            )
-        case "custom":
-            return _custom(section.backend.target, config=config, tokenizer=tokenizer)
-        case "hf":
-            return HfTeacher(
-                name,
-                Path(str(section.model)),
-                tokenizer=tokenizer,
-                student=tokenizers.student,
-                device=topology.device,
-                top_k=top_k,
-                temperature=config.distillation.temperature,
-                batch_size=section.backend.batch_size,
-            )
-
-
-def _custom(target: str | None, **arguments: Any) -> Any:
-    """``package.module:Name`` called with the recipe and the tokenizer."""
-    module, _, name = (target or "").partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"backend.target={target!r} cannot be imported: {error}") from error
-    return factory(**arguments)

@@ -99,6 +99,8 @@ class Feed:
             sum_over_replicas=self._options.sum_over_replicas,
         )
         self._refuse_escape(step, share=totals.masked_share)
+        for name, count in self._pool.troubles().items():
+            tally.add(name, float(count))
         for name, weight in batch.weights.items():
             tally.add(f"weight/{name}", weight)
         return replace(batch, metrics=tally.metrics())

@@ -47,6 +47,8 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
     try:
         summary = dataclasses.replace(train(run, sink), world=world)
     finally:
+        if run.pool is not None:
+            run.pool.close()
         sink.close()
         shutdown()
     if is_main:

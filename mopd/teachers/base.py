@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,13 @@ class Teacher(Protocol):
     def accuracy(self, prompts: Sequence, *, max_new_tokens: int) -> float | None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A teacher that counts what went wrong: kind -> reason -> number, once."""
+
+    def drain(self) -> dict[str, dict[str, int]]: ...
 
 
 def teacher_input(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mopd.teachers.base import Teacher
+from mopd.teachers.base import Counting, Teacher
 from mopd.types import Rollout, TeacherScores
 
 
@@ -24,6 +24,17 @@ class TeacherPool:
                 for i, score in zip(index, scores, strict=True):
                     results[i][name] = score
         return results
+
+    def troubles(self) -> dict[str, int]:
+        """What went wrong since the last call, of teachers that count it: missing/<teacher>/<why>
+        positions without a score, requests/<teacher>/<why> that failed."""
+        return {
+            f"{kind}/{name}/{reason}": count
+            for name, teacher in self.teachers.items()
+            if isinstance(teacher, Counting)
+            for kind, counts in teacher.drain().items()
+            for reason, count in counts.items()
+        }
 
     def close(self) -> None:
         for teacher in self.teachers.values():

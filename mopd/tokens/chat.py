@@ -39,6 +39,11 @@ class ChatTokenizer:
     def eos_id(self) -> int:
         return self.vocabulary.eos_id
 
+    @property
+    def eos_text(self) -> str:
+        """How servers that speak in strings write the end of the turn."""
+        return str(self._tokenizer.eos_token)
+
     def prompt_ids(self, messages: Sequence[Message]) -> np.ndarray:
         """[P] int32: the rendered template up to where the assistant begins to write.
 

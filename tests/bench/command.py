@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import cases, data, measure, problems, rows
+from tests.bench import cases, data, measure, problems, rows, transport_cases
 
-ROWS = (*rows.BUILDERS, "scaling", "alignment", "projection_build")
+ROWS = (*rows.BUILDERS, "scaling", "alignment", "projection_build", "transport_json")
 REPEATS = 7
 
 
@@ -58,6 +58,8 @@ def run_row(name: str, options: argparse.Namespace, cache: Path) -> dict[str, An
         return scaling(quick, cache, repeats)
     if name == "alignment":
         return data.alignment(quick, cache, repeats)
+    if name == "transport_json":
+        return transport_cases.transport_json(quick, repeats)
     if name == "projection_build":
         row = data.projection_build(quick, min(repeats, 3))
         if not options.no_peak:

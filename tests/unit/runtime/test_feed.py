@@ -54,6 +54,9 @@ class Sampler:
 
 
 class Pool:
+    def troubles(self) -> dict[str, int]:
+        return {"missing/wordpiece/mass": 2}
+
     def __init__(self, change) -> None:
         self.teachers = {
             kind: UniformTeacher(kind, tokenizer=tokenizer(kind), student=STUDENT, top_k=4)
@@ -121,6 +124,10 @@ def test_fallbacks_are_counted_by_sample():
         assert found[f"alignment_mismatch/{kind}"] == (0, 3)
         covered, tokens = found[f"alignment/{kind}"]
         assert covered == tokens
+
+
+def test_what_went_wrong_at_a_teacher_is_a_metric():
+    assert take(*TEXTS).metrics["missing/wordpiece/mass"] == (2.0, 1.0)
 
 
 def test_another_text_is_counted():

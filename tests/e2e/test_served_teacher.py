@@ -1,0 +1,64 @@
+"""A teacher behind a server trains the student as the same teacher in process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mopd.demo import World
+from mopd.tokens.chat import ChatTokenizer
+from tests.helpers.dist import run_ranks
+from tests.helpers.runs import launch, step_lines, train_here, words
+from tests.helpers.stub_server import ModelScorer, PrefixScorer, StubServer
+
+pytestmark = pytest.mark.dist
+
+# what the aligner, the loss and the optimizer made of the scores
+COMPARED = ("loss", "loss/sort", "loss/upper", "kl/sort", "alignment/sort", "masked")
+
+
+@pytest.mark.parametrize("shape", ["vllm", "openai"])
+def test_the_losses_of_two_steps_are_those_of_the_hf_backend(
+    tiny_world: World, tmp_path: Path, shape: str
+) -> None:
+    def run(name: str, **keys: object) -> list[dict]:
+        arguments = words(
+            tiny_world, tmp_path, name, train__steps=2, distillation__top_k=16, **keys
+        )
+        run_ranks(train_here, 1, "mopd_ctkd", arguments, timeout=120)
+        return step_lines(tmp_path / name)
+
+    near = run("near")
+    tokenizer = ChatTokenizer.load(tiny_world.teachers["sort"])
+    scorer = ModelScorer(tiny_world.teachers["sort"], vocab_size=tokenizer.vocabulary.size)
+    with StubServer(scorer) as stub:
+        far = run(
+            "far",
+            teachers__sort__backend__type=shape,
+            teachers__sort__backend__urls=f"[{stub.url}]",
+        )
+        assert len(stub.requests) > 4
+    assert len(near) == len(far) == 2
+    for one, two in zip(near, far, strict=True):
+        for key in COMPARED:
+            assert two[key] == pytest.approx(one[key], abs=1e-5), key
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_a_wrong_server_ends_the_start(tiny_world: World, tmp_path: Path) -> None:
+    """Exit 2, one line with the remedy, no step."""
+    with StubServer(PrefixScorer(560)) as stub:
+        overrides = words(
+            tiny_world,
+            tmp_path,
+            "wrong",
+            teachers__sort__backend__type="vllm",
+            teachers__sort__backend__urls=f"[{stub.url}]",
+            teachers__sort__backend__served_model="other",
+        )
+        done = launch("mopd_ctkd", overrides)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "teachers.sort" in line and "set backend.served_model" in line
+    assert not (tmp_path / "wrong" / "metrics.jsonl").exists()

@@ -1,0 +1,277 @@
+"""A server in vLLM's reply shape whose scores are a pure function of the prefix, with faults.
+
+It speaks HTTP by hand, so that a fault may write whatever it likes to the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Scorer = Callable[[Sequence[int]], np.ndarray]  # ids [T] -> [T - 1, V] log-probabilities
+# Writes to the socket; True: the connection is still in order.
+Fault = Callable[[asyncio.StreamWriter, dict[str, Any]], Awaitable[bool]]
+
+
+class PrefixScorer:
+    """Log-probabilities drawn from a hash of the prefix: no model, the same in every process."""
+
+    def __init__(self, vocab_size: int, *, seed: int = 0) -> None:
+        self._size, self._seed = vocab_size, seed
+
+    def __call__(self, ids: Sequence[int]) -> np.ndarray:
+        digest = 0
+        rows = []
+        for index in ids[:-1]:
+            digest = zlib.crc32(index.to_bytes(4, "little"), digest)
+            logits = np.random.default_rng([self._seed, digest]).normal(size=self._size) * 3.0
+            top = logits.max()
+            rows.append(logits - top - np.log(np.exp(logits - top).sum()))
+        return np.array(rows).reshape(len(rows), self._size)
+
+
+class ModelScorer:
+    """A transformers model, one sequence at a time."""
+
+    def __init__(self, model_dir: Path, *, vocab_size: int) -> None:
+        import torch
+
+        from mopd.serving.models import load_causal_lm
+
+        self._model = load_causal_lm(model_dir, device=torch.device("cpu"))
+        self._size = vocab_size
+
+    def __call__(self, ids: Sequence[int]) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            logits = self._model(input_ids=torch.as_tensor([list(ids)])).logits[0, :-1]
+        return torch.log_softmax(logits[:, : self._size].float(), dim=-1).numpy()
+
+
+@dataclass(kw_only=True)
+class StubOptions:
+    """What the server claims and allows; ``fault(number, request)`` chooses a fault or None."""
+
+    model: str = "stub"
+    max_logprobs: int = 64
+    max_model_len: int = 1024
+    vocab_size: int | None = None  # refuses ids beyond it; None takes anything
+    width: int | None = None  # lists ids up to it; None: as the scorer
+    names: Sequence[str] | None = None  # strings of the tokens, for the OpenAI shape
+    key: str | None = None
+    chat: Callable[[Any], list[int]] | None = None  # /tokenize
+    ordered: bool = True  # False: a score depends on the place in the batch
+    tempered: bool = False  # True: applies the temperature
+    token_ids: bool = True  # echoes the ids, as newer servers do
+    fault: Callable[[int, dict[str, Any]], Fault | None] = field(default=lambda number, body: None)
+
+
+class StubServer:
+    """``with StubServer(scorer) as server: server.url``; ``requests`` are the bodies it got."""
+
+    def __init__(
+        self, scorer: Scorer, options: StubOptions | None = None, *, port: int = 0
+    ) -> None:
+        self.options = options or StubOptions()
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.busy = self.busiest = 0
+        self._scorer = scorer
+        self._port = port
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    def __enter__(self) -> StubServer:
+        self._thread.start()
+        assert self._ready.wait(10.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    def stop(self) -> None:
+        """Closes the port and resets every connection, as a killed process does."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join(10.0)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        self._stopping = asyncio.Event()
+        server = await asyncio.start_server(self._connection, "127.0.0.1", self._port)
+        self._port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._stopping.wait()
+        server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            while await self._exchange(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        method, path, _ = head[0].split(" ")
+        headers = {k.lower(): v for k, _, v in (line.partition(": ") for line in head[1:] if line)}
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+        if self.options.key and headers.get("authorization") != f"Bearer {self.options.key}":
+            await send_json(writer, {"error": "no"}, status=401)
+        elif path == "/health":
+            await send(writer, b"")
+        elif path == "/v1/models":
+            listed = {"id": self.options.model, "max_model_len": self.options.max_model_len}
+            await send_json(writer, {"data": [listed]})
+        elif path == "/tokenize" and self.options.chat is not None:
+            await send_json(writer, {"tokens": self.options.chat(json.loads(body)["messages"])})
+        elif method == "POST" and path == "/v1/completions":
+            return await self._completions(writer, json.loads(body), headers)
+        else:
+            await send_json(writer, {"error": "not found"}, status=404)
+        return True
+
+    async def _completions(
+        self, writer: asyncio.StreamWriter, request: dict[str, Any], headers: dict[str, str]
+    ) -> bool:
+        self.requests.append(request)
+        self.headers.append(headers)
+        fault = self.options.fault(len(self.requests) - 1, request)
+        if problem := self._refusal(request):
+            await send_json(writer, {"error": {"message": problem}}, status=400)
+            return True
+        self.busy += 1
+        self.busiest = max(self.busy, self.busiest)
+        try:
+            await asyncio.sleep(0.001)
+            reply = self._reply(request)
+            if fault is not None:
+                return await fault(writer, reply)
+            await send_json(writer, reply)
+        finally:
+            self.busy -= 1
+        return True
+
+    def _refusal(self, request: Mapping[str, Any]) -> str | None:
+        options = self.options
+        k = request.get("prompt_logprobs") or request.get("logprobs") or 0
+        if request["model"] != options.model:
+            return f"the model {request['model']} does not exist"
+        if k > options.max_logprobs:
+            return f"requested {k} logprobs, which is more than {options.max_logprobs}"
+        for ids in request["prompt"]:
+            if len(ids) >= options.max_model_len:
+                return "the prompt is too long"
+            if options.vocab_size is not None and max(ids) >= options.vocab_size:
+                return "a token id is out of the vocabulary"
+        return None
+
+    def _reply(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        shape = self._openai if request.get("echo") else self._vllm
+        choices = [
+            {"index": i, "text": "x", "finish_reason": "length", **shape(ids, request, i)}
+            for i, ids in enumerate(request["prompt"])
+        ]
+        return {"id": "cmpl-1", "model": self.options.model, "choices": choices, "usage": {}}
+
+    def _logprobs(self, ids: Sequence[int], request: Mapping[str, Any], place: int) -> np.ndarray:
+        rows = self._scorer(ids)
+        if self.options.tempered:
+            rows = rows / request["temperature"]
+            rows = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+        if not self.options.ordered:
+            rows = np.roll(rows, place, axis=1)
+        return rows
+
+    def _vllm(self, ids: Sequence[int], request: Mapping[str, Any], place: int) -> dict[str, Any]:
+        k = request["prompt_logprobs"]
+        rows = self._logprobs(ids, request, place)
+        shift = 0 if self.options.width is None else self.options.width - rows.shape[1]
+        order = np.argsort(-rows, axis=1, kind="stable")
+        listed: list[Any] = [None]
+        for row, ranked, actual in zip(rows, order, ids[1:], strict=True):
+            rank = int((row > row[actual]).sum()) + 1
+            entries = {str(actual): _entry(row[actual], rank)}
+            for place_, index in enumerate(ranked[:k]):
+                entries.setdefault(str(int(index) + shift), _entry(row[index], place_ + 1))
+            listed.append(entries)
+        found: dict[str, Any] = {"prompt_logprobs": listed}
+        if self.options.token_ids:
+            found["prompt_token_ids"] = list(ids)
+        return found
+
+    def _openai(self, ids: Sequence[int], request: Mapping[str, Any], place: int) -> dict[str, Any]:
+        rows = self._logprobs(ids, request, place)
+        names = self.options.names
+
+        def name(index: int) -> str:
+            return f"token_id:{index}" if names is None else names[index]
+
+        order = np.argsort(-rows, axis=1, kind="stable")[:, : request["logprobs"]]
+        top: list[Any] = [None]
+        for row, ranked, actual in zip(rows, order, ids[1:], strict=True):
+            listed = {name(int(i)): float(row[i]) for i in ranked}
+            listed[name(actual)] = float(row[actual])
+            top.append(listed)
+        actual = [None, *(float(row[i]) for row, i in zip(rows, ids[1:], strict=True))]
+        tokens = [name(i) for i in ids]
+        said = {"tokens": tokens, "token_logprobs": actual, "top_logprobs": top}
+        return {"logprobs": said}
+
+
+def _entry(logprob: float, rank: int) -> dict[str, Any]:
+    return {"logprob": float(logprob), "rank": rank, "decoded_token": "\u00e9x"}
+
+
+async def send_json(writer: asyncio.StreamWriter, value: Any, *, status: int = 200) -> None:
+    await send(writer, json.dumps(value, separators=(",", ":")).encode(), status=status)
+
+
+async def send(
+    writer: asyncio.StreamWriter,
+    body: bytes,
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    fields = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    fields |= dict(headers or {})
+    lines = [f"HTTP/1.1 {status} X", *(f"{k}: {v}" for k, v in fields.items())]
+    writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+    await writer.drain()

@@ -1,0 +1,69 @@
+"""Rollouts to score, and remote teachers in front of stub servers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mopd.rollout.base import make_rollout
+from mopd.serving.endpoint import Endpoint, EndpointOptions
+from mopd.serving.generation import Generated
+from mopd.serving.replicas import Replicas, RetryOptions
+from mopd.serving.reply import Shape
+from mopd.teachers.remote import RemoteOptions, RemoteTeacher, names_of
+from mopd.tokens.chat import ChatTokenizer
+from mopd.types import Prompt, Rollout
+
+
+def make_rollout_of(
+    student: ChatTokenizer, response: bytes, *, content: str = "bo 12 ka", stopped: bool = True
+) -> Rollout:
+    """What the student would have written."""
+    ids = student.vocabulary.encode(response)
+    token_ids = np.array([*ids, *([student.eos_id] if stopped else [])], dtype=np.int32)
+    message = {"role": "user", "content": content}
+    prompt = Prompt(id="p", messages=(message,), domain="sort", teachers=("sort",))
+    return make_rollout(
+        prompt,
+        Generated(
+            token_ids=token_ids,
+            logprobs=np.zeros(len(token_ids), dtype=np.float32),
+            stopped=stopped,
+        ),
+        tokenizer=student,
+        prompt_ids=student.prompt_ids(prompt.messages),
+        sample_index=0,
+        version=0,
+    )
+
+
+def remote_teacher(
+    urls: Sequence[str],
+    *,
+    tokenizer: ChatTokenizer,
+    student: ChatTokenizer,
+    top_k: int = 8,
+    shape: Shape = "vllm",
+    tolerance: float = 1e-3,
+    endpoint: dict | None = None,
+    retry: dict | None = None,
+) -> RemoteTeacher:
+    """A teacher called sort; short deadlines."""
+    names = names_of(tokenizer) if shape == "openai" else {}
+    settings = {"deadline_s": 20.0, "max_outstanding": 4, "start_s": 5.0, "names": names}
+    options = EndpointOptions(shape=shape, **(settings | (endpoint or {})))
+    again = {"max_retries": 2, "restart_budget_s": 0.0, "pause_s": 0.01} | (retry or {})
+    replicas = Replicas(
+        "sort",
+        [Endpoint(url, options) for url in urls],
+        options=RetryOptions(max_outstanding=options.max_outstanding, **again),
+        seed=0,
+    )
+    return RemoteTeacher(
+        "sort",
+        replicas,
+        tokenizer=tokenizer,
+        student=student,
+        options=RemoteOptions(top_k=top_k, tolerance=tolerance),
+    )
