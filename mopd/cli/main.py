@@ -16,6 +16,7 @@ from mopd.errors import ConfigError, MopdError
 VERBS = {
     "config": "print a recipe, resolved and validated",
     "projection": "build, audit, show or convert the projection of two tokenizers",
+    "serve": "score token ids over HTTP, for teachers of other runs",
     "world": "build the embedded world, or show where it is",
 }
 

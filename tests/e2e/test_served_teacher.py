@@ -11,6 +11,7 @@ from mopd.tokens.chat import ChatTokenizer
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import launch, step_lines, train_here, words
 from tests.helpers.stub_server import ModelScorer, PrefixScorer, StubServer
+from tests.helpers.vllm_server import VllmServer
 
 pytestmark = pytest.mark.dist
 
@@ -44,6 +45,32 @@ def test_the_losses_of_two_steps_are_those_of_the_hf_backend(
         for key in COMPARED:
             assert two[key] == pytest.approx(one[key], abs=1e-5), key
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.vllm
+def test_a_real_server_teaches_as_the_hf_backend_does(
+    tiny_world: World, tmp_path: Path, vllm_server: VllmServer
+) -> None:
+    """Two steps on the same rollouts."""
+
+    def run(name: str, **keys: object) -> list[dict]:
+        arguments = words(
+            tiny_world, tmp_path, name, train__steps=2, distillation__top_k=16, **keys
+        )
+        run_ranks(train_here, 1, "mopd_ctkd", arguments, timeout=120)
+        return step_lines(tmp_path / name)
+
+    near = run("near")
+    far = run(
+        "far",
+        teachers__sort__backend__type="vllm",
+        teachers__sort__backend__urls=f"[{vllm_server.url}]",
+        rollout__backend__type="replay",
+        rollout__backend__path=tmp_path / "near" / "journal",
+    )
+    for one, two in zip(near, far, strict=True):
+        for key in COMPARED:
+            assert two[key] == pytest.approx(one[key], abs=1e-3), key
 
 
 def test_a_wrong_server_ends_the_start(tiny_world: World, tmp_path: Path) -> None:

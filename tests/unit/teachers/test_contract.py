@@ -1,9 +1,6 @@
-"""The contract of teachers, for every backend; a real server by MOPD_VLLM_URL."""
+"""The contract of teachers, for every backend: in process, a stub server, a real vLLM server."""
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Rollout
 from tests.helpers.stub_server import ModelScorer, StubServer
 from tests.helpers.teachers import make_rollout_of, remote_teacher
+from tests.helpers.vllm_server import VllmServer
 from tests.unit.teachers.contract import Case, check_teacher
 
 
@@ -97,20 +95,15 @@ def test_behind_a_server(
 
 @pytest.mark.vllm
 def test_behind_a_real_server(
-    tiny_world: World, student: ChatTokenizer, scorer: ModelScorer, rollouts: list[Rollout]
+    vllm_server: VllmServer, student: ChatTokenizer, scorer: ModelScorer, rollouts: list[Rollout]
 ) -> None:
-    """``MOPD_VLLM_MODEL``: the directory it serves; without it, the world's sort teacher."""
-    url = os.environ.get("MOPD_VLLM_URL")
-    if url is None:
-        pytest.skip("MOPD_VLLM_URL names no server")
-    directory = os.environ.get("MOPD_VLLM_MODEL", str(tiny_world.teachers["sort"]))
-    tokenizer = ChatTokenizer.load(directory)
+    tokenizer = ChatTokenizer.load(vllm_server.model_dir)
     teacher = remote_teacher(
-        [url],
+        [vllm_server.url],
         tokenizer=tokenizer,
         student=student,
         top_k=16,
-        endpoint={"start_s": 120.0, "deadline_s": 60.0},
+        endpoint={"start_s": 60.0, "deadline_s": 60.0},
     )
     case = Case(
         teacher=teacher,
@@ -118,7 +111,7 @@ def test_behind_a_real_server(
         rollouts=rollouts,
         top_k=16,
         tolerance=1e-4,
-        reference=ModelScorer(Path(directory), vocab_size=tokenizer.vocabulary.size),
+        reference=scorer,
     )
     check_teacher(case)
     teacher.close()

@@ -1,0 +1,73 @@
+"""`mopd serve --model DIR`: the scoring endpoint, around transformers or around vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mopd.errors import ConfigError
+from mopd.serving.scoring import check_exposure
+
+
+def run(words: Sequence[str]) -> int:
+    """Serves until it is interrupted. With vLLM this process becomes vLLM's server."""
+    options = _parser().parse_args(words)
+    token = _token(options.token_env)
+    check_exposure(options.host, token=token)
+    if not options.model.is_dir():
+        raise ConfigError(f"--model {options.model}: no such directory")
+    if options.engine == "vllm":
+        return _become_vllm(options, token=token)
+
+    # After parsing: these bring torch in.
+    import torch
+
+    from mopd.serving.hf_scorer import TransformersScorer
+    from mopd.serving.score_server import ScoreServer
+
+    scorer = TransformersScorer(options.model, device=torch.device(options.device))
+    with ScoreServer(options.host, options.port, scorer=scorer, token=token) as server:
+        host, port = server.server_address[:2]
+        print(f"mopd serve: {options.model} at http://{host}:{port}", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mopd serve", description="Score token ids for mopd's teachers, as raw arrays."
+    )
+    parser.add_argument("--model", type=Path, required=True, help="a local directory")
+    parser.add_argument("--engine", choices=("hf", "vllm"), default="hf")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8900)
+    parser.add_argument("--device", default="cpu", help="of --engine hf")
+    parser.add_argument("--token-env", metavar="NAME", help="variable that holds the token")
+    parser.add_argument(
+        "vllm", nargs="*", help="after `--`: more words for vLLM's server (--engine vllm)"
+    )
+    return parser
+
+
+def _token(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not (token := os.environ.get(variable)):
+        raise ConfigError(f"--token-env {variable}: the variable is not set")
+    return token
+
+
+def _become_vllm(options: argparse.Namespace, *, token: str | None) -> int:
+    from mopd.serving.vllm_command import server_environment, server_words
+
+    words = server_words(
+        options.model, host=options.host, port=options.port, more=options.vllm, scoring=True
+    )
+    environment = server_environment(os.environ, token=token)
+    os.execve(sys.executable, [sys.executable, *words], environment)

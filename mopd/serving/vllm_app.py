@@ -1,0 +1,196 @@
+"""The scoring endpoint inside vLLM's own HTTP server: an ASGI middleware and a start command.
+
+`--middleware mopd.serving.vllm_app.ScoreMiddleware` answers the two paths of `serving.scoring` and
+passes everything else on. It is vLLM's outermost layer, so it checks the token by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from mopd.serving.models import model_fingerprint
+from mopd.serving.scoring import (
+    MAX_BODY_BYTES,
+    MODEL_PATH,
+    SCORE_PATH,
+    RequestError,
+    ScoredSequence,
+    ScoreLimits,
+    ScoreRequest,
+    is_authorised,
+    is_loopback,
+    read_request,
+)
+from mopd.serving.vllm_command import TOKEN_VARIABLE
+from mopd.serving.vllm_worker import EXTRA_ARG
+from mopd.serving.wire import CONTENT_TYPE, encode_header
+
+RPC_SECONDS = 60.0
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class ScoreMiddleware:
+    """One per server. The engine is found on the first request, when it is ready."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._token = os.environ.get(TOKEN_VARIABLE)
+        self._ready: asyncio.Task[tuple[str, ScoreLimits]] | None = None
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Answers its own paths; with a token, keeps strangers off vLLM's other paths too."""
+        own = scope["type"] == "http" and scope["path"] in (SCORE_PATH, MODEL_PATH)
+        if not own:
+            if self._is_stranger(scope):
+                await _refuse(scope, send)
+            else:
+                await self._app(scope, receive, send)
+            return
+        try:
+            self._admit(scope)
+            engine = scope["app"].state.engine_client
+            fingerprint, limits = await self._engine(engine)
+            if scope["path"] == MODEL_PATH:
+                known = {"model": fingerprint, "vocab_size": limits.vocab_size}
+                body = json.dumps(known | {"max_length": limits.max_length}).encode()
+                await _answer(send, 200, "application/json", [body])
+                return
+            request = read_request(await _body(receive), limits=limits)
+            rows = await _score(engine, request)
+            header = encode_header(request.header(model=fingerprint))
+            await _answer(send, 200, CONTENT_TYPE, [header, rows])
+        except RequestError as error:
+            await _answer_error(send, error)
+
+    def _is_stranger(self, scope: dict[str, Any]) -> bool:
+        """vLLM's own key guards some prefixes only; /health stays open for who watches."""
+        if scope["type"] not in ("http", "websocket") or scope["path"] == "/health":
+            return False
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return not is_authorised(given.decode("utf-8", "surrogateescape"), token=self._token)
+
+    def _admit(self, scope: dict[str, Any]) -> None:
+        local = scope.get("server") or ("", 0)
+        if self._token is None and not is_loopback(local[0]):
+            raise RequestError("this address needs a token", status=401)
+        if self._is_stranger(scope):
+            raise RequestError("a wrong token, or none", status=401)
+        if scope["method"] != ("POST" if scope["path"] == SCORE_PATH else "GET"):
+            raise RequestError("another method", status=405)
+
+    async def _engine(self, engine: Any) -> tuple[str, ScoreLimits]:
+        """Hooks the workers and hashes the model, once; a failure is tried again."""
+        if self._ready is None or (self._ready.done() and self._ready.exception()):
+            self._ready = asyncio.create_task(_prepare(engine))
+        return await asyncio.shield(self._ready)
+
+
+async def _prepare(engine: Any) -> tuple[str, ScoreLimits]:
+    widths = await engine.collective_rpc("mopd_install", timeout=RPC_SECONDS)
+    config = engine.vllm_config.model_config
+    fingerprint = await asyncio.to_thread(model_fingerprint, Path(config.model))
+    # one token is sampled behind the sequence, and must fit too
+    limits = ScoreLimits(vocab_size=min(widths), max_length=config.max_model_len - 1)
+    return fingerprint, limits
+
+
+async def _score(engine: Any, request: ScoreRequest) -> bytes:
+    """The arrays of the answer; every sequence is a request of its own to the engine."""
+    spans: list[tuple[str, int, int]] = []
+    tasks = []
+    for sequence in request.sequences:
+        if sequence.start < len(sequence.ids):
+            key = uuid.uuid4().hex
+            spans.append((key, sequence.start - 1, len(sequence.ids) - 1))
+            tasks.append(asyncio.create_task(_prefill(engine, request, sequence, key=key)))
+    if not spans:
+        return b""
+    keys = [key for key, _, _ in spans]
+    try:
+        await asyncio.gather(*tasks)
+        answers = await engine.collective_rpc(
+            "mopd_take", timeout=RPC_SECONDS, args=(spans, request.wire)
+        )
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await engine.collective_rpc("mopd_drop", timeout=RPC_SECONDS, args=(keys,))
+        raise
+    expected = request.header(model="").body_bytes()
+    for rows in answers:
+        if len(rows) == expected:
+            return rows
+    raise RequestError("the engine lost rows; send the request again", status=503)
+
+
+async def _prefill(
+    engine: Any, request: ScoreRequest, sequence: ScoredSequence, *, key: str
+) -> None:
+    """One pass over one sequence. A cached prefix has no hidden states, so none is read."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]: not in every venv
+    from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
+    wanted = {
+        "key": key,
+        "start": sequence.start,
+        "top_k": request.top_k,
+        "temperature": request.temperature,
+        "vocab_size": request.vocab_size,
+    }
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        detokenize=False,
+        skip_reading_prefix_cache=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args={EXTRA_ARG: wanted},
+    )
+    prompt = {"prompt_token_ids": sequence.ids.tolist()}
+    async for _ in engine.generate(prompt, params, request_id=f"mopd-{key}"):
+        pass
+
+
+async def _refuse(scope: dict[str, Any], send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+    else:
+        await _answer_error(send, RequestError("a wrong token, or none", status=401))
+
+
+async def _body(receive: Receive) -> bytes:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise RequestError("the client went away")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY_BYTES:
+            raise RequestError(f"a body over {MAX_BODY_BYTES} bytes", status=413)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _answer_error(send: Send, error: RequestError) -> None:
+    body = json.dumps({"error": {"message": error.message}}).encode()
+    await _answer(send, error.status, "application/json", [body])
+
+
+async def _answer(send: Send, status: int, content_type: str, parts: list[bytes]) -> None:
+    size = sum(map(len, parts))
+    headers = [
+        (b"content-type", content_type.encode()),
+        (b"content-length", str(size).encode()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    for part in parts:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,48 @@
+"""Runs a command in a process group that ends with whoever started it.
+
+`python guard.py WORDS...` with a pipe as its standard input: when the pipe closes, also because the
+writer was killed, the whole group of the command is ended. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+GRACE_SECONDS = 10.0
+
+
+def main(words: list[str]) -> int:
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while process.poll() is None and not asked:
+            readable, _, _ = select.select([0], [], [], 0.2)
+            if readable and not os.read(0, 4096):
+                break
+    finally:
+        _end_group(process)
+    return process.returncode
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            process.poll()  # reaps the leader, so that an empty group disappears
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
