@@ -54,7 +54,6 @@ def add_dense(
     block.log_teacher.clamp_min_(LOG_TINY)
     own = rows_of(logits, rows.boundary)
     constant = _log_normaliser(own, block.student, shard)[:, None]
-    own = own.clamp_min(torch.finfo(own.dtype).min / 2)  # 0 times minus infinity is not 0
     value, grad = _value_and_gradient(block, own, constant, options.divergence)
     grad.mul_((rows.weight * factor)[:, None])
     if block.student is not probs:
@@ -88,17 +87,19 @@ def _value_and_gradient(
     if kind == "jsd" and beta in (0.0, 1.0):
         kind = "forward_kl" if beta == 0.0 else "reverse_kl"
     student = block.student
+    finite = torch.finfo(student.dtype).max  # 0 times infinity is not 0
     if kind == "forward_kl":
-        gap = block.log_teacher.sub_(logits).add_(constant)
+        gap = block.log_teacher.sub_(logits).add_(constant).clamp_max_(finite)
         return block.mean(block.teacher, gap), student.sub_(block.teacher)
     if kind == "reverse_kl":
-        gap = block.log_teacher.sub_(logits).add_(constant).neg_()
+        gap = block.log_teacher.sub_(logits).add_(constant).neg_().clamp_min_(-finite)
         value = block.mean(student, gap)
         return value, student.mul_(gap.sub_(value[:, None]))
     if kind == "jsd":
         mixture = torch.lerp(student, block.teacher, beta).clamp_min_(TINY).log_()
         teacher_part = block.mean(block.teacher, block.log_teacher.sub_(mixture))
         gap = torch.sub(logits, constant, out=block.log_teacher).sub_(mixture)
+        gap.clamp_min_(-finite)
         student_part = block.mean(student, gap)
         grad = student.mul_(gap.sub_(student_part[:, None])).mul_(1.0 - beta)
         return beta * teacher_part + (1.0 - beta) * student_part, grad
