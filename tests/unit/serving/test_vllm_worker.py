@@ -137,7 +137,13 @@ def test_a_worker_hands_rows_out_once(worker: Any) -> None:
     assert runner.stock_calls == 1
     exact = runner.exact("a", start=4, top_k=3, temperature=2.0)
     found = worker.mopd_take([("k", 3, 8)], "fp32")
-    assert found == encode_rows(exact, wire="fp32")
+    wanted_bytes = encode_rows(exact, wire="fp32")
+    assert len(found) == len(wanted_bytes)
+    assert exact.topk_ids is not None
+    ids = 4 * exact.topk_ids.size
+    assert found[:ids] == wanted_bytes[:ids]
+    numbers = [np.frombuffer(data[ids:], dtype="<f4") for data in (found, wanted_bytes)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=1e-6)  # sums in another order
     assert worker.mopd_take([("k", 3, 8)], "fp32") == b""
 
 
