@@ -57,14 +57,12 @@ def token_loss(
     """[n] -log p(ids) of logits [n, V_local]; ``out`` becomes ``scale`` times d(sum)/d(logits)."""
     rows = torch.arange(len(ids), device=ids.device)
     at_token = shard.pick(logits, rows, ids)
-    peak = logits.amax(dim=-1)
     probs = shard.softmax(logits, out=out)
-    # the likeliest token gives the log-sum-exp: no second pass of exponentials
-    peak, likeliest = shard.max(torch.stack([peak, probs.amax(dim=-1)]))
+    lse = shard.lse_of(logits, probs)
     out.mul_(scale)
     column, mine = shard.local(ids)
     out.index_put_((rows, column), mine.to(out.dtype) * -scale, accumulate=True)
-    return peak - torch.log(likeliest) - at_token
+    return lse - at_token
 
 
 def _bare_block(positions: np.ndarray) -> Block:

@@ -48,12 +48,12 @@ def add_dense(
     block = _Block(
         teacher=teacher,
         student=rows_of(probs, rows.boundary),
-        log_teacher=theirs - _log_normaliser(theirs, teacher, shard)[:, None],
+        log_teacher=theirs - shard.lse_of(theirs, teacher)[:, None],
         shard=shard,
     )
     block.log_teacher.clamp_min_(LOG_TINY)
     own = rows_of(logits, rows.boundary)
-    constant = _log_normaliser(own, block.student, shard)[:, None]
+    constant = shard.lse_of(own, block.student)[:, None]
     value, grad = _value_and_gradient(block, own, constant, options.divergence)
     grad.mul_((rows.weight * factor)[:, None])
     if block.student is not probs:
@@ -109,9 +109,3 @@ def _value_and_gradient(
     mean = block.mean(student, slope)
     value = block.shard.sum(contribution.sum(dim=-1))
     return value, student.mul_(slope.sub_(mean[:, None]))
-
-
-def _log_normaliser(logits: Tensor, probs: Tensor, shard: VocabShard) -> Tensor:
-    """[r] log-sum-exp, read off at the likeliest column: no exponential per column."""
-    top, likeliest = shard.max(torch.stack([logits.amax(dim=-1), probs.amax(dim=-1)]))
-    return top - torch.log(likeliest)

@@ -109,12 +109,8 @@ def _add_ranked(gradient: Tensor, ranked: SortedL1, common: CommonTokens, scale:
 
 def _logs(logits: Tensor, probs: Tensor, columns: Tensor, shard: VocabShard) -> Tensor:
     """Log-probabilities [r, C] of some ``columns``, without a logarithm per column."""
-    peaks = logits.new_full((2, len(logits)), -torch.inf)
-    if logits.shape[1]:
-        peaks = torch.stack([logits.amax(dim=-1), probs.amax(dim=-1)])
-    top, likeliest = shard.max(peaks)
-    normaliser = top - torch.log(likeliest)
-    return logits.index_select(1, columns).sub_(normaliser[:, None]).clamp_min_(LOG_TINY)
+    normaliser = shard.lse_of(logits, probs)[:, None]
+    return logits.index_select(1, columns).sub_(normaliser).clamp_min_(LOG_TINY)
 
 
 def _whole(values: Tensor) -> VocabShard:

@@ -88,6 +88,15 @@ class VocabShard:
         self.max(peak)
         return peak + torch.log(self.sum(torch.exp(logits - peak[:, None]).sum(dim=-1)))
 
+    def lse_of(self, logits: Tensor, probs: Tensor) -> Tensor:
+        """[n] log-sum-exp of ``logits`` whose softmax is ``probs``, read off at the likeliest
+        column: no exponential per column."""
+        peaks = logits.new_full((2, len(logits)), -torch.inf)
+        if self.size:
+            peaks = torch.stack([logits.amax(dim=-1), probs.amax(dim=-1)])
+        top, likeliest = self.max(peaks)
+        return top - torch.log(likeliest)
+
     def top_k(self, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` largest of [n, size] over all shards: (values, global ids), largest first.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-import numpy as np
 import torch
 
 from mopd.config.schema import DivergenceSection, RunConfig
@@ -102,7 +101,7 @@ def _shard(
     if pair.loss == "hkl" and threshold is not None:
         return shard.with_common(relaxed_common(projection, threshold))
     if pair.loss == "uld":
-        return shard.with_common(np.full(projection.teacher_size, -1))
+        return shard.without_common()
     return shard
 
 

@@ -19,22 +19,23 @@ pytestmark = pytest.mark.dist
 COMPARED = ("loss", "loss/sort", "loss/upper", "kl/sort", "alignment/sort", "masked")
 
 
+def two_steps(world: World, directory: Path, name: str, **keys: object) -> list[dict]:
+    arguments = words(world, directory, name, train__steps=2, distillation__top_k=16, **keys)
+    run_ranks(train_here, 1, "mopd_ctkd", arguments, timeout=120)
+    return step_lines(directory / name)
+
+
 @pytest.mark.parametrize("shape", ["vllm", "openai"])
 def test_the_losses_of_two_steps_are_those_of_the_hf_backend(
     tiny_world: World, tmp_path: Path, shape: str
 ) -> None:
-    def run(name: str, **keys: object) -> list[dict]:
-        arguments = words(
-            tiny_world, tmp_path, name, train__steps=2, distillation__top_k=16, **keys
-        )
-        run_ranks(train_here, 1, "mopd_ctkd", arguments, timeout=120)
-        return step_lines(tmp_path / name)
-
-    near = run("near")
+    near = two_steps(tiny_world, tmp_path, "near")
     tokenizer = ChatTokenizer.load(tiny_world.teachers["sort"])
     scorer = ModelScorer(tiny_world.teachers["sort"], vocab_size=tokenizer.vocabulary.size)
     with StubServer(scorer) as stub:
-        far = run(
+        far = two_steps(
+            tiny_world,
+            tmp_path,
             "far",
             teachers__sort__backend__type=shape,
             teachers__sort__backend__urls=f"[{stub.url}]",
@@ -52,16 +53,10 @@ def test_a_real_server_teaches_as_the_hf_backend_does(
     tiny_world: World, tmp_path: Path, vllm_server: VllmServer
 ) -> None:
     """Two steps on the same rollouts."""
-
-    def run(name: str, **keys: object) -> list[dict]:
-        arguments = words(
-            tiny_world, tmp_path, name, train__steps=2, distillation__top_k=16, **keys
-        )
-        run_ranks(train_here, 1, "mopd_ctkd", arguments, timeout=120)
-        return step_lines(tmp_path / name)
-
-    near = run("near")
-    far = run(
+    near = two_steps(tiny_world, tmp_path, "near")
+    far = two_steps(
+        tiny_world,
+        tmp_path,
         "far",
         teachers__sort__backend__type="vllm",
         teachers__sort__backend__urls=f"[{vllm_server.url}]",

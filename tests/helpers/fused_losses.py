@@ -60,7 +60,7 @@ def run_factors(
     """Through `from_hidden`, or through logits that torch multiplies and differentiates."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     micro, batch = step_of(rows, len(hidden))
-    micro.response_mask[:, -1] = False  # nothing follows the last token
+    micro.response_mask[:, -1:] = False  # nothing follows the last token
     batch = replace(batch, crossentropy_weight=crossentropy_weight, num_response_tokens=3)
     if fused:
         output = head.from_hidden(hidden[None], weight, micro, batch)
