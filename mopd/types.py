@@ -27,6 +27,9 @@ class Prompt:
     domain: str
     answer: str | None = None
     teachers: tuple[str, ...] = ()  # names of the teachers that judge it
+    top_k: int | None = None  # of its teachers' rows; None: as the recipe says
+    response: str | None = None  # an answer that comes with the data, for off-policy training
+    private: Mapping[str, str] = field(default_factory=dict)  # data fields for teachers alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +45,13 @@ class Rollout:
     prompt_ids: np.ndarray  # [P] int32
     token_ids: np.ndarray  # [S] int32
     loss_mask: np.ndarray  # [S] bool
-    logprobs: np.ndarray  # [S] float32, at the sampling temperature
+    logprobs: np.ndarray  # [S] float32, at the sampling temperature; NaN: not the student's
     byte_ends: np.ndarray  # [S] int64
     response: bytes
     policy_version: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "cut"]  # end of turn, limit, another stop token
     reward: float | None = None
+    source: Literal["student", "dataset", "teacher"] = "student"  # who wrote it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

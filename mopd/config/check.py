@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
 from mopd.config.check_losses import check_losses
 from mopd.config.keys import printable
 from mopd.config.model_shape import check_layout, read_model_config
-from mopd.config.schema import RolloutBackendSection, RunConfig, TeacherBackendSection
+from mopd.config.schema import RunConfig
 from mopd.config.urls import checked_url
 from mopd.errors import ConfigError
 

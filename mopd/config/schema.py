@@ -9,25 +9,21 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
+from mopd.config.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Probability,
+    Section,
+)
+
 LossName = Literal["ctkd", "gold", "uld", "kl", "opd"]
 DivergenceKind = Literal[
     "forward_kl", "reverse_kl", "jsd", "mixed", "skew_kl", "skew_reverse_kl", "akl", "tvd"
 ]
-
-
-class Section(BaseModel):
-    """A frozen part of a recipe."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
-    )
 
 
 def _run_name(name: str) -> str:
@@ -45,6 +41,7 @@ class RunSection(Section):
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     threads: PositiveInt | None = None  # torch threads per rank; None: the cores, shared evenly
     overwrite: bool = False  # start afresh where a run of this name exists
+    stall_s: NonNegativeFloat = 3600.0  # without a finished step, the run ends; 0 waits for ever
 
 
 class ParallelSection(Section):
@@ -74,31 +71,19 @@ class StudentSection(Section):
 
     model: str | None = None
     tokenizer: str | None = None  # defaults to `model`
+    eos_token: str | None = None  # what ends its turn; None: the tokenizer's own
     dtype: Literal["float32", "bfloat16"] = "float32"
     fused_head: bool = True  # output layer and loss in one, without the logits as a whole
     parallel: ParallelSection = ParallelSection()
     optimizer: OptimizerSection = OptimizerSection()
 
 
-class TeacherBackendSection(Section):
-    """Who computes the scores.
+class PrivilegedSection(Section):
+    """What a teacher reads and the student does not (context distillation)."""
 
-    `hf`: in-process transformers. `vllm`, `openai`: servers at `urls`, replicas of one model.
-    `uniform`: every token equally likely, a negative control.
-    """
-
-    type: Literal["hf", "uniform", "custom", "vllm", "openai"] = "hf"
-    target: str | None = None  # package.module:Name, for `custom`
-    batch_size: PositiveInt = 64
-    urls: tuple[str, ...] = ()  # base URLs, as in http://127.0.0.1:8000
-    served_model: str | None = None  # None: the only model that the servers list
-    api_key_env: str | None = None  # NAME of an environment variable
-    deadline_s: PositiveFloat = 60.0  # of one request, from the connection to the last byte
-    start_s: NonNegativeFloat = 300.0  # how long a server may take until it is healthy
-    max_retries: NonNegativeInt = 5  # of one request
-    max_outstanding: PositiveInt = 8  # requests at a time, per server
-    restart_budget_s: NonNegativeFloat = 300.0  # how long all servers may be away
-    tolerance: PositiveFloat = 0.05  # between two scores of one text by the same model
+    system: str | None = None  # its system message, instead of the prompt's own
+    prefix: str | None = None  # text before the first user message
+    field: str | None = None  # of a data row: text before the first user message, behind `prefix`
 
 
 class TeacherSection(Section):
@@ -106,6 +91,8 @@ class TeacherSection(Section):
 
     model: str | None = None
     tokenizer: str | None = None  # defaults to `model`
+    eos_token: str | None = None  # what ends its turn; None: the tokenizer's own
+    privileged: PrivilegedSection = PrivilegedSection()
     weight: NonNegativeFloat = 1.0
     loss: LossName | None = None  # None takes `distillation.loss`
     domains: tuple[str, ...] = ()
@@ -243,21 +230,17 @@ class OpdSection(Section):
     iw_gamma: NonNegativeFloat = 0.0  # IW-OPD (2606.22600): early tokens count more
 
 
-class RolloutBackendSection(Section):
-    """`hf`: in-process transformers. `replay`: reads the journal of another run at `path`."""
-
-    type: Literal["hf", "replay", "custom"] = "hf"
-    path: str | None = None
-    target: str | None = None  # package.module:Name, for `custom`
-    batch_size: PositiveInt = 256  # answers decoded together, in sampling and in evaluation
-
-
 class RolloutSection(Section):
     """How the student samples its own answers."""
 
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     max_new_tokens: PositiveInt = 128
     num_generations_per_prompt: PositiveInt = 1
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()  # end an answer as a cut does, and are left out
+    mask_truncated_completions: bool = False  # train nothing of answers without an end
+    max_staleness: NonNegativeInt = 0  # optimizer steps between sampling and training; > 0 overlaps
+    lmbda: Probability = 1.0  # the share of answers that the student writes itself
+    off_policy: Literal["dataset", "teacher"] = "dataset"  # who writes the others
     backend: RolloutBackendSection = RolloutBackendSection()
 
 
@@ -292,6 +275,15 @@ class CheckpointSection(Section):
     keep_last: PositiveInt = 2
 
 
+class JournalSection(Section):
+    """Rollouts and replies on disk, so that a run that was killed goes on bit by bit the same."""
+
+    replies: Literal["full", "digest", "off"] = (
+        "full"  # of teachers, kept since the oldest checkpoint
+    )
+    max_gb: NonNegativeFloat = 8.0  # of replies per replica; beyond it digests are kept
+
+
 class LoggingSection(Section):
     """`metrics.jsonl` and the terminal are always on."""
 
@@ -318,4 +310,5 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    journal: JournalSection = JournalSection()
     logging: LoggingSection = LoggingSection()

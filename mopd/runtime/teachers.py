@@ -73,6 +73,8 @@ def _teacher(
             )
         case "vllm" | "openai":
             return _remote(config, name, tokenizer=tokenizer, student=student)
+        case other:
+            raise ConfigError(f"teachers.{name}.backend.type={other} is not available here")
 
 
 def _remote(
