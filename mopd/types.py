@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 Message = Mapping[str, str]
+Source = Literal["student", "dataset", "teacher"]  # who wrote an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class Rollout:
     policy_version: int
     finish_reason: Literal["stop", "length", "cut"]  # end of turn, limit, another stop token
     reward: float | None = None
-    source: Literal["student", "dataset", "teacher"] = "student"  # who wrote it
+    source: Source = "student"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

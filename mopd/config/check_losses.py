@@ -27,6 +27,11 @@ def check_losses(config: RunConfig) -> Iterator[str]:
         yield from _ctkd(config)
     if "opd" in used:
         yield from _opd(config)
+        if config.rollout.lmbda < 1.0:
+            yield (
+                "rollout.lmbda: opd needs the sampler's log-probabilities, which other answers do "
+                "not have; set lmbda=1, or another loss"
+            )
 
 
 def _divergences(config: RunConfig) -> Iterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +49,7 @@ class Summary:
     seconds: float
     domains: Mapping[str, DomainResult]
     chunks: Mapping[str, Mapping[str, float]]
+    answers: Mapping[str, Any] = field(default_factory=dict)  # issued, trained, dropped, in flight
     learned: bool | None = None
     world: str | None = None
 
@@ -80,6 +82,7 @@ def write_summary(path: Path, summary: Summary) -> None:
             "seconds": summary.seconds,
             "world": summary.world,
             "learned": summary.learned,
+            "answers": summary.answers,
             "domains": domains,
             "chunks": {name: chunk_shares(counts) for name, counts in summary.chunks.items()},
             "chunks_of_all_teachers": chunk_shares(_added(summary.chunks.values())),
@@ -110,6 +113,10 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         console.print(Text(printable(line)), soft_wrap=True)
     for line in _warnings(summary):
         console.print(Text(printable(line)), soft_wrap=True)
+    if dropped := summary.answers.get("dropped"):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        issued = summary.answers["issued"]
+        console.print(Text(printable(f"{issued} answers, not trained on: {reasons}")))
     console.print(f"{summary.steps} steps in {summary.seconds:.0f} s")
 
 

@@ -10,20 +10,21 @@ from torch import Tensor
 
 from mopd.serving.generation import Generated
 from mopd.tokens.chat import ChatTokenizer
-from mopd.types import Prompt, Rollout
+from mopd.types import Prompt, Rollout, Source
 
 
 class Sampler(Protocol):
     """Samples answers of one policy version.
 
-    ``generate`` returns the rollouts of every prompt in order, ``num_generations`` each.
+    ``generate`` returns the rollouts of every prompt in order, ``num_generations`` each, for
+    optimizer step ``step`` with the policy ``version``.
     ``load_weights`` refuses a version that is not newer (`StaleWeightsError`).
     """
 
     @property
     def version(self) -> int: ...
 
-    def generate(self, prompts: Sequence[Prompt], *, version: int) -> list[Rollout]: ...
+    def generate(self, prompts: Sequence[Prompt], *, step: int, version: int) -> list[Rollout]: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None: ...
 
@@ -40,6 +41,7 @@ def make_rollout(
     prompt_ids: np.ndarray,
     sample_index: int,
     version: int,
+    source: Source = "student",
 ) -> Rollout:
     """A rollout from sampled ids, with its bytes and, where the task has an answer, its reward."""
     vocabulary = tokenizer.vocabulary
@@ -56,6 +58,7 @@ def make_rollout(
         policy_version=version,
         finish_reason="stop" if generated.stopped else "length",
         reward=exact_match(prompt, response, stopped=generated.stopped),
+        source=source,
     )
 
 

@@ -17,7 +17,7 @@ from mopd.types import Prompt, Rollout
 
 
 class HfSampler:
-    """Keyed sampling: the answer to (prompt, sample) under a version is the same in every layout.
+    """Keyed sampling: the same answer to (step, prompt, sample) of a version in every layout.
 
     Args:
         model_dir: architecture and, until the first `load_weights`, weights (version -1).
@@ -66,12 +66,12 @@ class HfSampler:
             )
         self.version = version
 
-    def generate(self, prompts: Sequence[Prompt], *, version: int) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], *, step: int, version: int) -> list[Rollout]:
         """Sampled answers under ``version``, which must be the one that was loaded."""
         if version != self.version:
             raise StaleWeightsError(f"asked for version {version}, have {self.version}")
         tasks = [(prompt, n) for prompt in prompts for n in range(self._num_generations)]
-        keys = [f"{self._seed}|{prompt.id}|{n}|{version}" for prompt, n in tasks]
+        keys = [f"{self._seed}|{prompt.id}|{n}|{step}" for prompt, n in tasks]
         streams = [sampling_stream(key, self._max_new_tokens) for key in keys]
         return self._decode(tasks, streams)
 

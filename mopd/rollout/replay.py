@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -38,10 +39,10 @@ class ReplaySampler:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         self._live.load_weights(weights, version=version)
 
-    def generate(self, prompts: Sequence[Prompt], *, version: int) -> list[Rollout]:
-        """The journalled rollouts of step ``version``."""
+    def generate(self, prompts: Sequence[Prompt], *, step: int, version: int) -> list[Rollout]:
+        """The journalled rollouts of ``step``, with the versions they were sampled under."""
         return [
-            self._rollout(prompt, n, version)
+            self._rollout(prompt, n, step)
             for prompt in prompts
             for n in range(self._num_generations)
         ]
@@ -54,22 +55,31 @@ class ReplaySampler:
                 f"{sample}; "
                 "replay with the seed, data and batch sizes it was written with"
             )
-        generated = Generated(
-            token_ids=np.asarray(record["ids"], dtype=np.int32),
-            logprobs=np.asarray(record["logprobs"], dtype=np.float32),
-            stopped=record["finish"] == "stop",
-        )
-        return make_rollout(
-            prompt,
-            generated,
-            tokenizer=self._tokenizer,
-            prompt_ids=self._tokenizer.prompt_ids(prompt.messages),
-            sample_index=sample,
-            version=record["version"],
-        )
+        return recorded_rollout(record, prompt, tokenizer=self._tokenizer)
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         return self._live.answer(prompts)
 
     def close(self) -> None:
         self._live.close()
+
+
+def recorded_rollout(
+    record: Mapping[str, Any], prompt: Prompt, *, tokenizer: ChatTokenizer
+) -> Rollout:
+    """What a line of a journal says of ``prompt``."""
+    generated = Generated(
+        token_ids=np.asarray(record["ids"], dtype=np.int32),
+        logprobs=np.asarray(record["logprobs"], dtype=np.float32),
+        stopped=record["finish"] == "stop",
+        cut=record["finish"] == "cut",
+    )
+    return make_rollout(
+        prompt,
+        generated,
+        tokenizer=tokenizer,
+        prompt_ids=tokenizer.prompt_ids(prompt.messages),
+        sample_index=record["sample"],
+        version=record["version"],
+        source=record.get("source", "student"),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,22 +21,19 @@ from mopd.projection import ProjectionStore
 from mopd.rollout.base import Sampler
 from mopd.rollout.hf import HfSampler
 from mopd.rollout.replay import ReplaySampler
-from mopd.runtime.aligner import Aligner, AlignOptions
-from mopd.runtime.data import PromptSource, Router, read_prompts
-from mopd.runtime.feed import Feed, FeedOptions
+from mopd.runtime.build_feed import build_feed
+from mopd.runtime.data import Router, read_prompts
+from mopd.runtime.feed import Feed
 from mopd.runtime.learned import learned_companions
-from mopd.runtime.objective import step_objective, teacher_terms
+from mopd.runtime.objective import teacher_terms
 from mopd.runtime.payloads import (
     Pair,
     active_teachers,
     loss_name,
     pairs,
-    payload_options,
     projection_options,
 )
-from mopd.runtime.replica import max_over_leads, sum_over_leads
 from mopd.runtime.teachers import build_pool, custom
-from mopd.serving.journal import Journal, journal_path
 from mopd.student.model import StudentModel, build_student
 from mopd.student.optim import build_optimizer
 from mopd.student.parallel import Topology, initialize
@@ -62,7 +59,6 @@ class Run:
     sampler: Sampler | None
     pool: TeacherPool | None
     feed: Feed | None
-    journal: Journal | None
     heldout: list[Prompt]
     spans: Spans
 
@@ -95,23 +91,21 @@ def build_run(config: RunConfig) -> Run:
     )
     student = _student(config, model, tokenizers, found)
     directory = Path(config.run.dir) / config.run.name
-    sampler = pool = feed = journal = None
+    sampler = pool = feed = None
     spans = Spans()
     if topology.is_lead:
         sampler = _sampler(config, tokenizers.student, topology)
         pool = build_pool(
             config, tokenizers.teachers, student=tokenizers.student, device=topology.device
         )
-        journal = Journal(journal_path(directory, topology.dp_rank))
-        feed = _feed(
+        feed = build_feed(
             config,
             found,
             prompts=prompts,
             sampler=sampler,
             pool=pool,
-            tokenizers=tokenizers,
-            journal=journal,
-            run=(topology, spans),
+            tokenizers=(tokenizers.student, tokenizers.teachers),
+            run=(topology, spans, directory),
         )
     return Run(
         config=config,
@@ -123,7 +117,6 @@ def build_run(config: RunConfig) -> Run:
         sampler=sampler,
         pool=pool,
         feed=feed,
-        journal=journal,
         heldout=heldout,
         spans=spans,
     )
@@ -183,64 +176,6 @@ def _pairs(config: RunConfig, tokenizers: _Tokenizers, topology: Topology) -> di
     found = read() if topology.rank == 0 else {}
     dist.barrier()
     return pairs(config, found or read(), student=student, teachers=teachers)
-
-
-def _feed(
-    config: RunConfig,
-    found: Mapping[str, Pair],
-    *,
-    prompts: Sequence[Prompt],
-    sampler: Sampler,
-    pool: TeacherPool,
-    tokenizers: _Tokenizers,
-    journal: Journal,
-    run: tuple[Topology, Spans],
-) -> Feed:
-    topology, spans = run
-    section, student = config.distillation, tokenizers.student
-    objective = step_objective(config, (prompt.domain for prompt in prompts))
-    payload = {
-        name: payload_options(
-            config,
-            pair,
-            student=student.vocabulary,
-            teacher=tokenizers.teachers[name].vocabulary,
-        )
-        for name, pair in found.items()
-    }
-    return Feed(
-        source=PromptSource(
-            prompts,
-            num_prompts_per_step=config.train.num_prompts_per_step,
-            seed=config.run.seed,
-            balance=config.train.balance_domains,
-        ),
-        sampler=sampler,
-        pool=pool,
-        student=student,
-        aligner=Aligner(
-            student=student,
-            teachers=tokenizers.teachers,
-            payload=payload,
-            objective=objective,
-            options=AlignOptions(
-                by_position=section.alignment == "position",
-                canonical_prefix=section.positions == "canonical_prefix",
-                shared_columns=section.shared_columns,
-                max_over_replicas=lambda values: max_over_leads(topology, values),
-            ),
-        ),
-        journal=journal,
-        options=FeedOptions(
-            objective=objective,
-            micro_batch_size=config.train.micro_batch_size,
-            max_failed_share=section.max_failed_share,
-            dp_rank=topology.dp_rank,
-            dp_size=topology.dp_size,
-            sum_over_replicas=lambda values: sum_over_leads(topology, values),
-        ),
-        spans=spans,
-    )
 
 
 def _student(

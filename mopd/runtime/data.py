@@ -50,8 +50,9 @@ class Router:
 def read_prompts(path: Path, *, router: Router, teacher_key: str) -> list[Prompt]:
     """Every row of a JSONL file as a `Prompt`.
 
-    A row has ``messages`` (role and content), and optionally ``id``, ``answer`` and the routing
-    field. Rows without an id are named by file and line.
+    A row has ``messages`` (role and content), and optionally ``id``, ``answer``, ``response`` (an
+    answer for off-policy training) and the routing field. Rows without an id are named by file and
+    line.
 
     Raises:
         ConfigError: with file and line, what is wrong and what was expected.
@@ -76,6 +77,7 @@ def read_prompts(path: Path, *, router: Router, teacher_key: str) -> list[Prompt
                 domain=domain,
                 answer=None if answer is None else str(answer),
                 teachers=router.route(domain, where),
+                response=_response(row, where),
             )
         )
     if not prompts:
@@ -93,6 +95,13 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a JSON object with 'messages' is expected")
     return row
+
+
+def _response(row: dict[str, Any], where: str) -> str | None:
+    response = row.get("response")
+    if response is not None and not isinstance(response, str):
+        raise ConfigError(f"{where}: 'response' must be a string, the answer to train on")
+    return response
 
 
 def _messages(row: dict[str, Any], where: str) -> tuple[dict[str, str], ...]:

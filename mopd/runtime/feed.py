@@ -1,23 +1,30 @@
-"""Prompts in, one aligned batch out: sample, score, align, pack. Runs on the lead rank."""
+"""Prompts in, one aligned batch out: gathered, aligned, packed. Runs on the lead rank."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mopd.align.batch import Sample
 from mopd.errors import TeacherError
+from mopd.metrics.metric import Metric
 from mopd.metrics.span import Spans
-from mopd.rollout.base import Sampler, is_canonical
+from mopd.rollout.base import is_canonical
+from mopd.runtime.ahead import Ahead
 from mopd.runtime.aligner import Aligner, Tally
 from mopd.runtime.collate import Objective, collate
-from mopd.runtime.data import PromptSource
+from mopd.runtime.gather import Gathered
+from mopd.runtime.ledger import Ledger
 from mopd.serving.journal import Journal
+from mopd.serving.replies import ReplyJournal
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
-from mopd.types import Prompt, Rollout, StepBatch, TeacherScores
+from mopd.types import Rollout, StepBatch
+
+UNSCORED = "unscored"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,34 +34,45 @@ class FeedOptions:
     objective: Objective
     micro_batch_size: int
     max_failed_share: float
-    dp_rank: int
-    dp_size: int
     sum_over_replicas: Callable[[np.ndarray], np.ndarray]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Books:
+    """What a feed leaves behind: on disk, and in the ledger."""
+
+    journal: Journal
+    replies: ReplyJournal
+    ledger: Ledger
+
+
 class Feed:
-    """``take(step)`` gives this replica's share of a step and its global denominators."""
+    """``take(step)`` gives this replica's share of a step and its global denominators.
+
+    `settle` tells what became of it.
+    """
 
     def __init__(
         self,
         *,
-        source: PromptSource,
-        sampler: Sampler,
+        ahead: Ahead,
         pool: TeacherPool,
         student: ChatTokenizer,
         aligner: Aligner,
-        journal: Journal,
+        books: Books,
         options: FeedOptions,
         spans: Spans,
     ) -> None:
-        self._source = source
-        self._sampler = sampler
+        self.ahead = ahead
+        self.books = books
         self._pool = pool
         self._student = student
         self._aligner = aligner
-        self._journal = journal
         self._options = options
         self._spans = spans
+        self._dropped: Counter[str] = Counter()
+        self._num_rollouts = 0
+        self.times: Mapping[str, Metric] = {}  # of the step that was taken last
 
     @property
     def chunks(self) -> dict[str, Counter[str]]:
@@ -62,53 +80,71 @@ class Feed:
         return self._aligner.chunks
 
     def take(self, step: int) -> StepBatch:
-        """Samples with policy version ``step``; the rollouts are durable before this returns."""
-        prompts = self._share(self._source.take(step))
-        with self._spans("rollout"):
-            rollouts = self._sampler.generate(prompts, version=step)
-        with self._spans("journal"):
-            self._journal.append(step, rollouts)
-        with self._spans("teachers"):
-            scores = self._pool.score(rollouts)
+        """The step's rollouts and replies are durable before this returns."""
+        with self._spans("gather"):
+            gathered = self.ahead.take(step)
+        self.times = gathered.times
         with self._spans("align"):
-            return self._collate(step, rollouts, scores)
+            return self._collate(gathered)
 
-    def _share(self, prompts: list[Prompt]) -> list[Prompt]:
-        """A contiguous part: prompts alternate between domains, so each replica has them all."""
-        size = len(prompts) // self._options.dp_size
-        return prompts[self._options.dp_rank * size :][:size]
+    def settle(self, step: int, *, skipped: bool) -> None:
+        """Books the answers of ``step`` as trained or dropped."""
+        dropped = self._dropped
+        trained = self._num_rollouts - sum(dropped.values())
+        if skipped:
+            dropped, trained = dropped + Counter(skipped_step=trained), 0
+        self.books.ledger.settle(step, trained=trained, dropped=dropped)
 
-    def _collate(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        scores: Sequence[Mapping[str, TeacherScores]],
-    ) -> StepBatch:
+    def close(self) -> None:
+        """Ends the sampling ahead and closes the journal."""
+        self.ahead.close()
+        self.books.journal.close()
+
+    def _collate(self, gathered: Gathered) -> StepBatch:
         tally = Tally()
-        samples = self._aligner.samples(rollouts, scores, tally)
-        for rollout in rollouts:
-            self._describe(rollout, tally)
+        samples = self._aligner.samples(gathered.rollouts, gathered.scores, tally)
+        self._count(gathered, samples, tally)
         batch, totals = collate(
-            step,
+            gathered.step,
             samples,
-            scores=scores,
+            scores=gathered.scores,
             masked=(tally.sums["masked"], tally.counts["masked"]),
             objective=self._options.objective,
             micro_batch_size=self._options.micro_batch_size,
             pad_id=self._student.pad_id,
             sum_over_replicas=self._options.sum_over_replicas,
         )
-        self._refuse_escape(step, share=totals.masked_share)
-        for name, count in self._pool.troubles().items():
-            tally.add(name, float(count))
+        self._refuse_escape(gathered.step, share=totals.masked_share)
         for name, weight in batch.weights.items():
             tally.add(f"weight/{name}", weight)
         return replace(batch, metrics=tally.metrics())
 
-    def _describe(self, rollout: Rollout, tally: Tally) -> None:
+    def _count(self, gathered: Gathered, samples: list[Sample], tally: Tally) -> None:
+        self._dropped, self._num_rollouts = Counter(gathered.dropped), len(samples)
+        for rollout, sample in zip(gathered.rollouts, samples, strict=True):
+            self._describe(gathered.step, rollout, tally)
+            if rollout.loss_mask.any() and not any(len(r.position) for r in sample.rows.values()):
+                self._dropped[UNSCORED] += 1
+        for reason, count in self._dropped.items():
+            tally.add(f"dropped/{reason}", count, len(samples))
+        for per_teacher in gathered.scores:
+            for name, scores in per_teacher.items():
+                tally.add(f"scored/{name}", float(scores.valid.sum()), len(scores.valid))
+        for name, count in self._pool.troubles().items():
+            tally.add(name, float(count))
+        if gathered.rescored is not None:
+            tally.add("rescored/nats", gathered.rescored.nats)
+            tally.add("rescored/other_tokens", gathered.rescored.other_tokens)
+        tally.add("journal_mb", (self.books.journal.num_bytes + self.books.replies.num_bytes) / 1e6)
+
+    def _describe(self, step: int, rollout: Rollout, tally: Tally) -> None:
         domain = rollout.prompt.domain
-        tally.add("truncated", float(rollout.finish_reason == "length"))
+        tally.add("on_policy", float(rollout.source == "student"))
         tally.add("response_length", len(rollout.token_ids))
+        if rollout.source != "student":
+            return
+        tally.add("staleness", step - rollout.policy_version)
+        tally.add("truncated", float(rollout.finish_reason == "length"))
         canonical = float(is_canonical(rollout, self._student))
         tally.add("canonical", canonical)
         tally.add(f"canonical/{domain}", canonical)

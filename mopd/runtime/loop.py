@@ -28,6 +28,7 @@ from mopd.runtime.evaluate import (
     teacher_scores,
 )
 from mopd.runtime.learned import save_learned_projections
+from mopd.runtime.ledger import added
 from mopd.runtime.objective import loss_balance, static_weights
 from mopd.runtime.replica import from_lead, gather_leads, sum_over_leads
 from mopd.serving.journal import drop_stale_journals
@@ -38,6 +39,8 @@ from mopd.types import StepBatch
 
 MAX_SKIPPED_IN_A_ROW = 10
 MASKED_WARNING = 0.05
+SCORED_WARNING = 0.9
+RESCORED_WARNING = 0.1  # nats an answer
 FAR_TEACHER = 0.15  # nats of reverse KL at the start (MOPD: 0.04 trained well, 0.19 badly)
 
 
@@ -50,6 +53,7 @@ class State:
     teachers: dict[str, float | None] = field(default_factory=dict)
     chunks: dict[str, dict[str, float]] = field(default_factory=dict)
     balance: dict[str, float | None] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
     skipped_in_a_row: int = 0
     seconds: float = 0.0
 
@@ -70,12 +74,16 @@ def train(run: Run, sink: Sink) -> Summary:
         sink.note("measuring the student and its teachers on the held-out prompts")
         state.before = _evaluate(run)
         state.teachers = _evaluate_teachers(run)
+    if run.feed is not None:
+        run.feed.ahead.start(state.step)
     for step in range(state.step, config.train.steps):
         began = time.perf_counter()
         batch = from_lead(run.topology, run.feed.take(step) if run.feed else None)
         batch = _balanced(run, state, batch)
         with run.spans("train"):
             result = run.student.train_step(batch)
+        if run.feed is not None:
+            run.feed.settle(step, skipped=result.skipped)
         _rebalance(run, state, batch, result)
         with run.spans("sync"):
             _push(run, step + 1)
@@ -89,34 +97,52 @@ def train(run: Run, sink: Sink) -> Summary:
 
 
 def _push(run: Run, version: int) -> None:
+    if run.feed is not None:
+        run.feed.ahead.before_push(version)
     sync.push(iter_hf_weights(run.student.model), run.sampler, version=version)
+    if run.feed is not None:
+        run.feed.ahead.after_push(version)
 
 
 def _resume(run: Run, sink: Sink) -> State:
-    """The newest checkpoint; what was written after it is dropped and written again."""
+    """The newest checkpoint; answers and replies that were written after it are used again."""
+    config = run.config
     latest = checkpoint.find_latest(run.directory / "checkpoints")
     state = State()
     if latest is not None:
         state = State(**checkpoint.load(latest, student=run.student))
         sink.note(f"continuing from step {state.step}, the last checkpoint")
     sink.truncate_from(state.step)
-    if run.journal is not None:
-        run.journal.truncate_from(state.step)
-        if run.topology.dp_rank == 0:
-            drop_stale_journals(run.directory, num_replicas=run.topology.dp_size)
-    if run.feed is not None and run.topology.dp_rank == 0:
+    if run.feed is None:
+        return state
+    size = config.train.num_prompts_per_step * config.rollout.num_generations_per_prompt
+    run.feed.books.journal.resume_from(state.step, size=size // run.topology.dp_size)
+    if run.topology.dp_rank == 0:
+        drop_stale_journals(run.directory, num_replicas=run.topology.dp_size)
         run.feed.chunks.update({name: Counter(c) for name, c in state.chunks.items()})
+        if state.ledger:
+            run.feed.books.ledger.restore(state.ledger)
     return state
 
 
 def _save(run: Run, state: State) -> None:
     state.chunks = _chunks(run)
+    state.ledger = _ledger(run)
     checkpoint.save(
         run.directory / "checkpoints",
         student=run.student,
         state=state.to_json(),
         keep_last=run.config.checkpoint.keep_last,
     )
+    if run.feed is not None:
+        run.feed.books.replies.prune(checkpoint.oldest_step(run.directory / "checkpoints"))
+
+
+def _ledger(run: Run) -> dict[str, Any]:
+    """Over all replicas, on every rank."""
+    if run.feed is None:
+        return from_lead(run.topology, None)
+    return from_lead(run.topology, added(gather_leads(run.topology, run.feed.books.ledger.state())))
 
 
 def _chunks(run: Run) -> dict[str, dict[str, float]]:
@@ -204,9 +230,20 @@ def _log(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seconds:
             f"warning: step {batch.step}: {line['masked']:.0%} of the response tokens have no "
             "teacher; the policy may be leaving the text that teachers can read"
         )
+    for name in run.pairs:
+        if line.get(f"scored/{name}", 1.0) < SCORED_WARNING:
+            sink.note(
+                f"warning: step {batch.step}: teachers.{name} scored only "
+                f"{line[f'scored/{name}']:.0%} of the tokens it was asked for (see missing/{name}/)"
+            )
+    if line.get("rescored/nats", 0.0) > RESCORED_WARNING or line.get("rescored/other_tokens"):
+        sink.note(
+            f"warning: step {batch.step}: a teacher scores {line['rescored/nats']:.2g} nats an "
+            "answer away from before the restart; is it the same model?"
+        )
     line["tokens_per_second"] = tokens / seconds
     line["time/step"] = seconds
-    line |= values(run.spans.drain())
+    line |= values({**run.feed.times, **run.spans.drain()})
     sink.log(batch.step, line)
 
 
@@ -260,6 +297,7 @@ def _finish(run: Run, state: State, *, seconds: float) -> Summary:
         seconds=seconds,
         domains=results(state.before, after, state.teachers),
         chunks=_chunks(run),
+        answers=_ledger(run),
         learned=has_learned(state.before, after) if after else None,
     )
 

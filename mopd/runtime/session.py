@@ -20,7 +20,14 @@ from mopd.runtime.loop import refuse_if_not_learned, train
 from mopd.student.parallel import shutdown
 
 # Keys that may differ when a run is continued: they change nothing that is computed.
-_FREE = (("run", "overwrite"), ("run", "threads"), ("logging",), ("checkpoint",))
+_FREE = (
+    ("run", "overwrite"),
+    ("run", "threads"),
+    ("run", "stall_s"),
+    ("logging",),
+    ("checkpoint",),
+    ("journal",),
+)
 
 
 def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
@@ -47,6 +54,8 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
     try:
         summary = dataclasses.replace(train(run, sink), world=world)
     finally:
+        if run.feed is not None:
+            run.feed.close()
         if run.pool is not None:
             run.pool.close()
         sink.close()

@@ -14,11 +14,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """One answer. ``token_ids`` include the end-of-turn token when ``stopped``."""
+    """One answer. ``token_ids`` include the end-of-turn token when ``stopped``.
+
+    When ``cut``, another stop token ended it, which is left out.
+    """
 
     token_ids: np.ndarray  # [S] int32
     logprobs: np.ndarray  # [S] float32, at the sampling temperature
     stopped: bool
+    cut: bool = False
 
 
 def sampling_stream(key: str, length: int) -> np.ndarray:

@@ -3,45 +3,56 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mopd.errors import ArtifactError
 from mopd.types import Rollout
 
+Record = dict[str, Any]
+
 
 class Journal:
-    """Appends the rollouts of a step and makes them durable before the optimizer runs."""
+    """Appends the rollouts of a step and makes them durable before anybody trains on them."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file = path.open("a", encoding="ascii")
+        self._recorded: dict[int, list[Record]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return self._file.tell()
 
     def append(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """One line a rollout, one fsync a step."""
         for rollout in rollouts:
-            record = {
-                "step": step,
-                "prompt": rollout.prompt.id,
-                "sample": rollout.sample_index,
-                "version": rollout.policy_version,
-                "finish": rollout.finish_reason,
-                "ids": rollout.token_ids.tolist(),
-                "logprobs": [float(np.float64(x)) for x in rollout.logprobs],
-            }
-            self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            record = _record(step, rollout)
+            self._file.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def truncate_from(self, step: int) -> None:
-        """Drops the lines of ``step`` and later, and a line that a crash cut short."""
+    def resume_from(self, step: int, *, size: int) -> None:
+        """Keeps what was written before ``step``, and every whole later step for `recorded`.
+
+        A crash may have cut the last step short: it has less than ``size`` lines, and goes.
+        """
         self._file.close()
-        kept = [line for line, record in _lines(self._path) if record["step"] < step]
+        kept: list[str] = []
+        later: dict[int, list[tuple[str, Record]]] = {}
+        for line, record in _lines(self._path):
+            if record["step"] < step:
+                kept.append(line)
+            else:
+                later.setdefault(record["step"], []).append((line, record))
+        whole = {number: found for number, found in later.items() if len(found) == size}
+        kept += [line for found in whole.values() for line, _ in found]
+        self._recorded = {n: [record for _, record in found] for n, found in whole.items()}
         temporary = self._path.with_suffix(".tmp")
         with temporary.open("w", encoding="ascii") as file:
             file.writelines(kept)
@@ -50,8 +61,26 @@ class Journal:
         os.replace(temporary, self._path)
         self._file = self._path.open("a", encoding="ascii")
 
+    def recorded(self, step: int) -> list[Record] | None:
+        """What `resume_from` found of ``step``, once: it stays on disk as it is."""
+        return self._recorded.pop(step, None)
+
     def close(self) -> None:
         self._file.close()
+
+
+def _record(step: int, rollout: Rollout) -> Record:
+    return {
+        "step": step,
+        "prompt": rollout.prompt.id,
+        "sample": rollout.sample_index,
+        "version": rollout.policy_version,
+        "finish": rollout.finish_reason,
+        "source": rollout.source,
+        "ids": rollout.token_ids.tolist(),
+        # NaN, of an answer that was not sampled, is no JSON
+        "logprobs": [None if math.isnan(x) else x for x in rollout.logprobs.tolist()],
+    }
 
 
 def journal_path(run: Path, replica: int) -> Path:
@@ -62,19 +91,19 @@ def journal_path(run: Path, replica: int) -> Path:
 def drop_stale_journals(run: Path, *, num_replicas: int) -> None:
     """Removes what a start with more replicas left behind; it would be replayed otherwise."""
     current = {journal_path(run, replica) for replica in range(num_replicas)}
-    for path in (run / "journal").glob("*.jsonl"):
+    for path in (run / "journal").glob("rollouts-*.jsonl"):
         if path not in current:
             path.unlink()
 
 
-def read_journal(path: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
+def read_journal(path: Path) -> dict[tuple[int, str, int], Record]:
     """(step, prompt id, sample index) -> record, over every journal file of a run.
 
     Raises:
         ArtifactError: there is no journal at ``path`` (a run directory, its journal, or one file).
     """
     for folder in (path / "journal", path):
-        files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
+        files = sorted(folder.glob("rollouts-*.jsonl")) if folder.is_dir() else []
         if files:
             break
     else:
@@ -88,7 +117,7 @@ def read_journal(path: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
     }
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path) -> Iterator[tuple[str, Record]]:
     with path.open(encoding="ascii") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):

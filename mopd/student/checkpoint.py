@@ -104,6 +104,12 @@ def find_latest(directory: Path) -> Path | None:
     return path
 
 
+def oldest_step(directory: Path) -> int:
+    """The step of the oldest checkpoint that is kept; 0 where there is none."""
+    found = [_STEP.fullmatch(path.name) for path in directory.glob("step-*")]
+    return min((int(match[1]) for match in found if match), default=0)
+
+
 def _write_own_files(part: Path, student: Student) -> dict[str, str]:
     """This rank's files and their digests."""
     topology = student.model.topology

@@ -10,7 +10,7 @@ import numpy as np
 
 from mopd.tokens.chat import ChatTokenizer
 from mopd.tokens.vocabulary import incomplete_utf8_tail
-from mopd.types import Rollout, TeacherScores
+from mopd.types import Prompt, Rollout, TeacherScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,23 @@ class Counting(Protocol):
     """A teacher that counts what went wrong: kind -> reason -> number, once."""
 
     def drain(self) -> dict[str, dict[str, int]]: ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A teacher that can answer prompts itself: sampled text, and whether its turn ended.
+
+    A key decides the draw of its answer alone, whatever the batch.
+    """
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        keys: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> list[tuple[bytes, bool]]: ...
 
 
 def teacher_input(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopd.serving.generation import Generated, generate
+from mopd.serving.generation import Generated, generate, sampling_stream
 from mopd.serving.models import load_causal_lm, model_fingerprint
 from mopd.teachers.base import TeacherInput, teacher_input
 from mopd.tokens.chat import ChatTokenizer
@@ -116,20 +116,7 @@ class HfTeacher:
         checkable = [prompt for prompt in prompts if prompt.answer is not None]
         if not checkable:
             return None
-        answers: list[Generated] = []
-        for begin in range(0, len(checkable), self._batch_size):
-            answers += generate(
-                self._model,
-                [
-                    self.tokenizer.prompt_ids(prompt.messages)
-                    for prompt in checkable[begin : begin + self._batch_size]
-                ],
-                eos_id=self.tokenizer.eos_id,
-                vocab_size=self.tokenizer.vocabulary.size,
-                max_new_tokens=max_new_tokens,
-                temperature=1.0,
-                streams=None,
-            )
+        answers = self._answer(checkable, max_new_tokens=max_new_tokens, temperature=1.0)
         right = [
             answer.stopped
             and self.tokenizer.vocabulary.decode(answer.token_ids).strip()
@@ -137,6 +124,47 @@ class HfTeacher:
             for prompt, answer in zip(checkable, answers, strict=True)
         ]
         return float(np.mean(right))
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        keys: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> list[tuple[bytes, bool]]:
+        """Sampled answers for off-policy training, drawn by ``keys``."""
+        answers = self._answer(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            streams=[sampling_stream(key, max_new_tokens) for key in keys],
+        )
+        decode = self.tokenizer.vocabulary.decode
+        return [(decode(answer.token_ids), answer.stopped) for answer in answers]
+
+    def _answer(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        streams: Sequence[np.ndarray] | None = None,
+    ) -> list[Generated]:
+        """Greedy without ``streams``."""
+        answers: list[Generated] = []
+        for begin in range(0, len(prompts), self._batch_size):
+            part = slice(begin, begin + self._batch_size)
+            answers += generate(
+                self._model,
+                [self.tokenizer.prompt_ids(prompt.messages) for prompt in prompts[part]],
+                eos_id=self.tokenizer.eos_id,
+                vocab_size=self.tokenizer.vocabulary.size,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                streams=None if streams is None else streams[part],
+            )
+        return answers
 
     def close(self) -> None:
         """Frees the model."""

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from mopd.demo import World
+from mopd.tokens.chat import ChatTokenizer
 from tests.helpers.runs import launch, start, step_lines, summary, words
+from tests.helpers.stub_server import PrefixScorer, StubServer
 
-STEPS = 12
+STEPS = 20
 
 
 def run_words(world: World, directory: Path, name: str) -> list[str]:
@@ -75,6 +77,50 @@ def test_an_interrupt_ends_quietly_and_the_run_continues(tiny_world: World, tmp_
     assert continued.returncode == 0, continued.stderr
     assert "continuing from step" in continued.stdout
     assert [line["step"] for line in step_lines(tmp_path / "stopped")] == list(range(STEPS))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("level", ["full", "digest"])
+def test_replies_of_a_killed_run_are_used_again_or_compared(
+    tiny_world: World, tmp_path: Path, level: str
+) -> None:
+    """The server comes back with another model, which must not show before the last step."""
+    tokenizer = ChatTokenizer.load(tiny_world.teachers["sort"])
+    run, size = tmp_path / "killed", tokenizer.vocabulary.size
+    with StubServer(PrefixScorer(size)) as stub:
+        overrides = words(
+            tiny_world,
+            tmp_path,
+            "killed",
+            train__steps=STEPS,
+            checkpoint__save_interval=6,
+            journal__replies=level,
+            rollout__max_staleness=1,
+            teachers__sort__backend__type="vllm",
+            teachers__sort__backend__urls=f"[{stub.url}]",
+        )
+        kill_after(9, overrides, run)
+        port, before = stub.port, step_lines(run)
+    with StubServer(PrefixScorer(size, seed=1), port=port):
+        continued = launch("mopd_ctkd", overrides)
+    assert continued.returncode == 0, continued.stderr
+    after = step_lines(run)
+    assert len(after) == STEPS and 9 <= len(before) < STEPS
+    assert summary(run)["answers"] == {
+        "issued": 8 * STEPS,
+        "trained": 8 * STEPS,
+        "dropped": {},
+        "in_flight": 0,
+    }
+    again = range(6 * (len(before) // 6), len(before))
+    if level == "full":
+        assert after[: len(before)] == before
+        assert not any("rescored/nats" in line for line in after)
+    else:
+        assert all(after[step]["rescored/nats"] > 0.1 for step in again)
+        assert all(after[step]["rescored/other_tokens"] == 0 for step in again)
+    kept = sorted(path.stem for path in (run / "journal" / "replies-0").glob("*"))
+    assert kept == ([f"{step:08d}" for step in range(18, STEPS)] if level == "full" else [])
 
 
 @pytest.mark.e2e

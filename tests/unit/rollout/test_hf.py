@@ -81,7 +81,7 @@ def test_a_version_that_is_not_newer_is_refused(
             sampler.load_weights(weights.items(), version=version)
         assert sampler.version == 3
     with pytest.raises(StaleWeightsError, match="asked for version 4"):
-        sampler.generate(PROMPTS, version=4)
+        sampler.generate(PROMPTS, step=4, version=4)
 
 
 def test_a_missing_parameter_is_refused_and_named(
@@ -112,17 +112,17 @@ def test_samples_are_ordered_and_do_not_depend_on_the_batch(
     other = make_sampler(tiny_world.student, tokenizer, batch_size=1)
     for each in (sampler, other):
         each.load_weights(weights.items(), version=0)
-    rollouts = sampler.generate(PROMPTS, version=0)
+    rollouts = sampler.generate(PROMPTS, step=0, version=0)
     names = [(r.prompt.id, r.sample_index) for r in rollouts]
     assert names == [(p.id, n) for p in PROMPTS for n in range(2)]
-    alone = other.generate(PROMPTS[::-1], version=0)
+    alone = other.generate(PROMPTS[::-1], step=0, version=0)
     found = {(r.prompt.id, r.sample_index): r.token_ids.tolist() for r in alone}
     assert found == {(r.prompt.id, r.sample_index): r.token_ids.tolist() for r in rollouts}
     assert rollouts[0].token_ids.tolist() != rollouts[1].token_ids.tolist()
     other.load_weights(weights.items(), version=1)  # the version is part of the key
     assert found != {
         (r.prompt.id, r.sample_index): r.token_ids.tolist()
-        for r in other.generate(PROMPTS, version=1)
+        for r in other.generate(PROMPTS, step=1, version=1)
     }
 
 
@@ -130,7 +130,7 @@ def test_bytes_and_masks_of_rollouts(
     tokenizer: ChatTokenizer, sampler: HfSampler, weights: dict[str, Tensor]
 ) -> None:
     sampler.load_weights(weights.items(), version=0)
-    for rollout in sampler.generate(PROMPTS, version=0):
+    for rollout in sampler.generate(PROMPTS, step=0, version=0):
         assert rollout.response == tokenizer.vocabulary.decode(rollout.token_ids)
         assert rollout.byte_ends[-1] == len(rollout.response)
         assert rollout.loss_mask.all()
@@ -145,15 +145,15 @@ def test_replay_gives_the_same_rollouts(
     written = []
     for version in range(2):
         sampler.load_weights(weights.items(), version=version)
-        written.append(sampler.generate(PROMPTS, version=version))
+        written.append(sampler.generate(PROMPTS, step=version, version=version))
         journal.append(version, written[-1])
     journal.close()
     replay = ReplaySampler(tmp_path, tokenizer=tokenizer, num_generations=2, live=sampler)
     for version, rollouts in enumerate(written):
-        assert same(replay.generate(PROMPTS, version=version), rollouts)
-    assert same(replay.generate(PROMPTS[1:2], version=1), written[1][2:4])
+        assert same(replay.generate(PROMPTS, step=version, version=version), rollouts)
+    assert same(replay.generate(PROMPTS[1:2], step=1, version=1), written[1][2:4])
     with pytest.raises(ArtifactError, match="step 2, prompt 0"):
-        replay.generate(PROMPTS, version=2)
+        replay.generate(PROMPTS, step=2, version=2)
     replay.load_weights(weights.items(), version=7)
     assert replay.version == sampler.version == 7
 

@@ -1,5 +1,8 @@
 """What the feed counts of its alignments."""
 
+import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +10,15 @@ import pytest
 
 from mopd.align.payload import PayloadOptions
 from mopd.metrics.span import Spans
+from mopd.runtime.ahead import Ahead
 from mopd.runtime.aligner import Aligner, AlignOptions
 from mopd.runtime.collate import Objective
-from mopd.runtime.feed import Feed, FeedOptions
+from mopd.runtime.feed import Books, Feed, FeedOptions
+from mopd.runtime.gather import Gatherer, GatherOptions
+from mopd.runtime.ledger import Ledger
 from mopd.runtime.weights import Normalizer
+from mopd.serving.journal import Journal
+from mopd.serving.replies import ReplyJournal
 from mopd.teachers.uniform import UniformTeacher
 from mopd.types import Prompt, Rollout, StepBatch
 from tests.unit.tokens.trained import vocabulary
@@ -33,7 +41,7 @@ STUDENT = tokenizer("byte_level")
 
 
 class Sampler:
-    def generate(self, prompts: list[Prompt], *, version: int) -> list[Rollout]:
+    def generate(self, prompts: list[Prompt], *, step: int, version: int) -> list[Rollout]:
         return [self._rollout(prompt, version) for prompt in prompts]
 
     def _rollout(self, prompt: Prompt, version: int) -> Rollout:
@@ -81,17 +89,33 @@ OBJECTIVE = Objective(
 PLAIN = AlignOptions()
 
 
-def take(
+def run(
     *texts: str,
     change=lambda scores: None,
     objective: Objective = OBJECTIVE,
     options: AlignOptions = PLAIN,
-) -> StepBatch:
+) -> tuple[StepBatch, dict]:
     prompts = [Prompt(id=text, messages=(), domain="d") for text in texts]
     pool = Pool(change)
-    feed = Feed(
+    folder = Path(tempfile.mkdtemp())
+    ledger = Ledger()
+    books = Books(
+        journal=Journal(folder / "rollouts-0.jsonl"),
+        replies=ReplyJournal(folder, 0, level="full", max_bytes=1e9),
+        ledger=ledger,
+    )
+    gatherer = Gatherer(
         source=SimpleNamespace(take=lambda step: prompts),
         sampler=Sampler(),
+        pool=pool,
+        student=STUDENT,
+        journal=books.journal,
+        replies=books.replies,
+        ledger=ledger,
+        options=GatherOptions(dp_rank=0, dp_size=1, num_generations=1, max_new_tokens=99, seed=0),
+    )
+    feed = Feed(
+        ahead=Ahead(gatherer, lag=0, num_steps=1),
         pool=pool,
         student=STUDENT,
         aligner=Aligner(
@@ -101,18 +125,24 @@ def take(
             objective=objective,
             options=options,
         ),
-        journal=SimpleNamespace(append=lambda step, rollouts: None),
+        books=books,
         options=FeedOptions(
             objective=objective,
             micro_batch_size=3,
             max_failed_share=1.0,
-            dp_rank=0,
-            dp_size=1,
             sum_over_replicas=lambda counts: counts,
         ),
         spans=Spans(),
     )
-    return feed.take(0)
+    batch = feed.take(0)
+    feed.settle(0, skipped=False)
+    feed.close()
+    shutil.rmtree(folder)
+    return batch, ledger.state()
+
+
+def take(*texts: str, **settings) -> StepBatch:
+    return run(*texts, **settings)[0]
 
 
 def test_fallbacks_are_counted_by_sample():
@@ -158,3 +188,17 @@ def test_what_is_not_kept_is_not_trained():
     assert len(rows.token_position) == covered
     whole = batch.micro_batches[0].rows["sentencepiece"]
     assert len(whole.token_position) == tokens
+
+
+def test_an_answer_that_no_teacher_scored_is_dropped_and_counted():
+    def nothing(scores) -> None:
+        if scores.byte_ends[-1] < 7:
+            scores.valid[:] = False
+
+    batch, books = run(*TEXTS, change=nothing)
+    unscored = books["dropped"]["unscored"]
+    assert 0 < unscored < 3
+    assert books["trained"] == 3 - unscored and books["in_flight"] == 0
+    assert batch.metrics["dropped/unscored"] == (unscored, 3)
+    share = batch.metrics["scored/wordpiece"]
+    assert share[0] < share[1]

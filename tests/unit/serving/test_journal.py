@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,16 +56,32 @@ def test_lines_are_durable_before_append_returns(tmp_path: Path) -> None:
     journal.close()
 
 
-@pytest.mark.parametrize("step", [0, 2, 5])
-def test_truncation_drops_that_step_and_later_and_goes_on(tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_later_steps_that_are_whole_are_handed_back_once(tmp_path: Path, step: int) -> None:
     path = tmp_path / "j.jsonl"
-    write(path, range(4), names=("p",))
+    write(path, range(4), names=("p", "q"))
+    with path.open("a") as file:  # a crash cut step 4 short
+        file.write('{"step":4,"prompt":"p","sample":0}\n')
     journal = Journal(path)
-    journal.truncate_from(step)
+    journal.resume_from(step, size=2)
+    for number in range(6):
+        found = journal.recorded(number)
+        assert (found is not None) == (step <= number < 4)
+        assert found is None or [record["prompt"] for record in found] == ["p", "q"]
+        assert journal.recorded(number) is None
     journal.append(9, [rollout("p", version=9)])
     journal.close()
-    assert [key[0] for key in keys(path)] == [*range(min(step, 4)), 9]
+    assert [key[0] for key in keys(path)] == [0, 0, 1, 1, 2, 2, 3, 3, 9]
     assert [file.name for file in tmp_path.iterdir()] == ["j.jsonl"]
+
+
+def test_missing_logprobs_and_the_author_survive(tmp_path: Path) -> None:
+    foreign = replace(rollout("p"), logprobs=np.full(3, np.nan, dtype=np.float32), source="dataset")
+    journal = Journal(tmp_path / "j.jsonl")
+    journal.append(0, [foreign])
+    journal.close()
+    (record,) = read_journal(tmp_path / "j.jsonl").values()
+    assert record["logprobs"] == [None] * 3 and record["source"] == "dataset"
 
 
 @pytest.mark.parametrize("size", [1, 20, 60])
@@ -75,7 +92,7 @@ def test_a_line_that_a_crash_cut_is_dropped(tmp_path: Path, size: int) -> None:
     path.write_bytes(whole + whole[:size])
     assert len(read_journal(path)) == 2
     journal = Journal(path)
-    journal.truncate_from(2)
+    journal.resume_from(2, size=1)
     journal.close()
     assert path.read_bytes() == whole
 

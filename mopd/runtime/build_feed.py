@@ -1,0 +1,150 @@
+"""Composes the feed of a lead rank: who samples, who judges, what is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mopd.config.schema import RunConfig
+from mopd.errors import ConfigError
+from mopd.metrics.span import Spans
+from mopd.rollout.base import Sampler
+from mopd.runtime.ahead import Ahead
+from mopd.runtime.aligner import Aligner, AlignOptions
+from mopd.runtime.collate import Objective
+from mopd.runtime.data import PromptSource
+from mopd.runtime.feed import Books, Feed, FeedOptions
+from mopd.runtime.gather import Gatherer, GatherOptions
+from mopd.runtime.ledger import Ledger
+from mopd.runtime.objective import step_objective
+from mopd.runtime.payloads import Pair, payload_options
+from mopd.runtime.replica import max_over_leads, sum_over_leads
+from mopd.serving.journal import Journal, journal_path
+from mopd.serving.replies import ReplyJournal
+from mopd.student.parallel import Topology
+from mopd.teachers.pool import TeacherPool
+from mopd.tokens.chat import ChatTokenizer
+from mopd.types import Prompt
+
+
+def build_feed(
+    config: RunConfig,
+    found: Mapping[str, Pair],
+    *,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    pool: TeacherPool,
+    tokenizers: tuple[ChatTokenizer, Mapping[str, ChatTokenizer]],
+    run: tuple[Topology, Spans, Path],
+) -> Feed:
+    """``tokenizers``: the student's and the teachers'. ``run``: where it runs, and what times it.
+
+    Raises:
+        ConfigError: answers shall come with the data, and a row has none.
+    """
+    topology, spans, directory = run
+    student, _ = tokenizers
+    _check_responses(config, prompts)
+    objective = step_objective(config, (prompt.domain for prompt in prompts))
+    books = _books(config, directory, replica=topology.dp_rank)
+    gatherer = Gatherer(
+        source=PromptSource(
+            prompts,
+            num_prompts_per_step=config.train.num_prompts_per_step,
+            seed=config.run.seed,
+            balance=config.train.balance_domains,
+        ),
+        sampler=sampler,
+        pool=pool,
+        student=student,
+        journal=books.journal,
+        replies=books.replies,
+        ledger=books.ledger,
+        options=_gather_options(config, topology),
+    )
+    return Feed(
+        ahead=Ahead(gatherer, lag=config.rollout.max_staleness, num_steps=config.train.steps),
+        pool=pool,
+        student=student,
+        aligner=_aligner(config, found, tokenizers, objective, topology),
+        books=books,
+        options=FeedOptions(
+            objective=objective,
+            micro_batch_size=config.train.micro_batch_size,
+            max_failed_share=config.distillation.max_failed_share,
+            sum_over_replicas=lambda values: sum_over_leads(topology, values),
+        ),
+        spans=spans,
+    )
+
+
+def _books(config: RunConfig, directory: Path, *, replica: int) -> Books:
+    return Books(
+        journal=Journal(journal_path(directory, replica)),
+        replies=ReplyJournal(
+            directory / "journal",
+            replica,
+            level=config.journal.replies,
+            max_bytes=config.journal.max_gb * 1e9,
+        ),
+        ledger=Ledger(),
+    )
+
+
+def _gather_options(config: RunConfig, topology: Topology) -> GatherOptions:
+    rollout = config.rollout
+    return GatherOptions(
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size,
+        num_generations=rollout.num_generations_per_prompt,
+        max_new_tokens=rollout.max_new_tokens,
+        seed=config.run.seed,
+        temperature=rollout.temperature,
+        max_staleness=rollout.max_staleness,
+        lmbda=rollout.lmbda,
+        off_policy=rollout.off_policy,
+        mask_truncated=rollout.mask_truncated_completions,
+    )
+
+
+def _aligner(
+    config: RunConfig,
+    found: Mapping[str, Pair],
+    tokenizers: tuple[ChatTokenizer, Mapping[str, ChatTokenizer]],
+    objective: Objective,
+    topology: Topology,
+) -> Aligner:
+    section = config.distillation
+    student, teachers = tokenizers
+    payload = {
+        name: payload_options(
+            config,
+            pair,
+            student=student.vocabulary,
+            teacher=teachers[name].vocabulary,
+        )
+        for name, pair in found.items()
+    }
+    return Aligner(
+        student=student,
+        teachers=teachers,
+        payload=payload,
+        objective=objective,
+        options=AlignOptions(
+            by_position=section.alignment == "position",
+            canonical_prefix=section.positions == "canonical_prefix",
+            shared_columns=section.shared_columns,
+            max_over_replicas=lambda values: max_over_leads(topology, values),
+        ),
+    )
+
+
+def _check_responses(config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    if config.rollout.lmbda >= 1.0 or config.rollout.off_policy != "dataset":
+        return
+    for prompt in prompts:
+        if not prompt.response:
+            raise ConfigError(
+                f"rollout.lmbda={config.rollout.lmbda:g}: row {prompt.id} of data.path has no "
+                "`response` to train on; add one, or take rollout.off_policy=teacher"
+            )
