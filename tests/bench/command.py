@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import cases, data, measure, problems, rows, transport_cases
+from tests.bench import cases, data, measure, problems, rows, serve_cases, transport_cases
 
 # JSON first: a heap that held large tensors makes both of its sides slower, ours more
-ROWS = ("transport_json", *rows.BUILDERS, "scaling", "alignment", "projection_build")
+TRANSPORT = {
+    "transport_json": transport_cases.transport_json,
+    "transport_rows": serve_cases.transport_rows,
+    "serve_vllm": serve_cases.serve_vllm,
+}
+ROWS = (*TRANSPORT, *rows.BUILDERS, "scaling", "alignment", "projection_build")
 REPEATS = 7
 
 
@@ -24,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(peak(*options.peak, quick=options.quick, cache=options.cache))
         return 0
     with tempfile.TemporaryDirectory(prefix="mopd-bench-") as temporary:
-        results = {
-            name: run_row(name, options, options.cache or Path(temporary)) for name in options.rows
-        }
+        cache = options.cache or Path(temporary)
+        found = {name: run_row(name, options, cache) for name in options.rows}
+    results = {name: row for name, row in found.items() if row is not None}
     options.out.write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
     return 0
@@ -52,15 +57,15 @@ def _row_names(value: str) -> tuple[str, ...]:
     return names
 
 
-def run_row(name: str, options: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    """One entry of bench.json."""
+def run_row(name: str, options: argparse.Namespace, cache: Path) -> dict[str, Any] | None:
+    """One entry of bench.json; None: not possible here."""
     quick, repeats = options.quick, 1 if options.quick else options.repeats
     if name == "scaling":
         return scaling(quick, cache, repeats)
     if name == "alignment":
         return data.alignment(quick, cache, repeats)
-    if name == "transport_json":
-        return transport_cases.transport_json(quick, repeats)
+    if name in TRANSPORT:
+        return TRANSPORT[name](quick, repeats)
     if name == "projection_build":
         row = data.projection_build(quick, min(repeats, 3))
         if not options.no_peak:
@@ -140,6 +145,8 @@ def _notes(row: dict[str, Any]) -> str:
     if row.get("peak_bytes") is not None:
         return f"peak {row['peak_bytes'] / 1e9:.2f} GB"
     notes = []
+    if "bytes_per_token" in row:
+        notes.append(f"{row['bytes_per_token']:,.0f} bytes a token")
     if "same_formula_ratio" in row:
         notes.append(f"{row['same_formula_ratio']:.2f} of the same formula in plain torch")
     if "truncation" in row:

@@ -68,6 +68,7 @@ class StubOptions:
     width: int | None = None  # lists ids up to it; None: as the scorer
     names: Sequence[str] | None = None  # strings of the tokens, for the OpenAI shape
     key: str | None = None
+    refusal: str = "no"  # what it says to who has another key
     chat: Callable[[Any], list[int]] | None = None  # /tokenize
     ordered: bool = True  # False: a score depends on the place in the batch
     tempered: bool = False  # True: applies the temperature
@@ -153,7 +154,7 @@ class StubServer:
         headers = {k.lower(): v for k, _, v in (line.partition(": ") for line in head[1:] if line)}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         if self.options.key and headers.get("authorization") != f"Bearer {self.options.key}":
-            await send_json(writer, {"error": "no"}, status=401)
+            await send_json(writer, {"error": self.options.refusal}, status=401)
         elif path == "/health":
             await send(writer, b"")
         elif path == "/v1/models":

@@ -18,7 +18,7 @@ def test_quick_run_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "bench.json"
     assert main(["--quick", "--no-peak", "--out", str(out)]) == 0
     results = json.loads(out.read_text())
-    assert tuple(results) == ROWS
+    assert tuple(results) == tuple(name for name in ROWS if name != "serve_vllm")
     shown = capsys.readouterr().out
     for name, row in results.items():
         assert name in shown
