@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from mopd.align.boundaries import chunk_sizes
+from mopd.align.boundaries import payload_index
 from mopd.align.fold import ColumnMap, column_map, fold_rows, keep_columns
 from mopd.align.interior import Interior, interior_rows
 from mopd.align.merge import Lists, Merge, join_native, merged_rows
@@ -97,19 +97,16 @@ def teacher_rows(
             and `unreachable_mass`, what folds to null, where they arise.
     A chunk is dropped when one of its student tokens is not trainable or a teacher row is missing.
     """
-    a, b = alignment.student_starts, alignment.teacher_starts
     kept = kept_chunks(scores, alignment, trainable)
-    sizes = chunk_sizes(alignment)[kept]
+    index = payload_index(alignment, kept=kept)
+    sizes, row, position = index.size, index.row, index.position
+    chunk_logprob = _chunk_sums(scores.logprobs, alignment.teacher_starts)
     tempered = temper(scores, options.temperature)
-    row, position = b[:-1][kept], a[:-1][kept]
     lists, lost = _lists(scores, tempered, row=row, count=sizes[:, 1], options=options)
     if options.renormalize:
         lists = _without_lost(lists, lost)
     if report is not None and options.fold is not None:
         report["unreachable_mass"] = (float(lost.sum()), float(len(lost)))
-    token_chunk = np.repeat(np.arange(len(position)), sizes[:, 0])
-    first = np.cumsum(sizes[:, 0]) - sizes[:, 0]
-    token_position = position[token_chunk] + np.arange(len(token_chunk)) - first[token_chunk]
     native = [no_native_rows()]
     if options.native_only:
         assert options.pieces is not None
@@ -144,15 +141,15 @@ def teacher_rows(
         topk_ids=lists.ids,
         topk_logprobs=lists.logprobs,
         log_tail=lists.log_tail,
-        chunk_logprob=_chunk_sums(scores.logprobs, b)[kept].astype(np.float32),
+        chunk_logprob=chunk_logprob[kept].astype(np.float32),
         chunk_size=sizes.astype(np.int32),
         chunk_weight=np.ones(len(position), dtype=np.float32),
         chunk_owned=np.ones(len(position), dtype=bool),
         chunk_sequence=np.zeros(len(position), dtype=np.int64),
-        token_position=token_position,
-        token_id=student_ids[token_position].astype(np.int64),
-        token_chunk=token_chunk,
-        token_sampling_logprob=_sampled(sampling_logprobs, token_position),
+        token_position=index.token_position,
+        token_id=student_ids[index.token_position].astype(np.int64),
+        token_chunk=index.token_chunk,
+        token_sampling_logprob=_sampled(sampling_logprobs, index.token_position),
         **join_native(native),
         **path_targets(scores, tempered, position=position, row=row, options=options.path),
     )

@@ -132,6 +132,8 @@ def _ctkd(config: RunConfig) -> Iterator[str]:
         )
     if section.direction == "pull" and section.merge != "boundary":
         yield "ctkd.direction=pull: reads boundary rows only; set ctkd.merge=boundary"
+    if section.direction == "pull" and section.unreachable != "fold":
+        yield "ctkd.direction=pull: loses no teacher token; set ctkd.unreachable=fold"
     if native and config.distillation.shared_columns is not None:
         yield "distillation.shared_columns: a pull lists the student's tokens; set it to null"
     if section.loss_type == "hkl" and (section.interior_rows or section.unreachable != "fold"):

@@ -128,6 +128,10 @@ def test_a_right_recipe_passes(recipe: dict[str, Any]) -> None:
             ["ctkd={direction: pull, path_terms: false, merge: nemo}"],
             "set ctkd.merge=boundary",
         ),
+        (
+            ["ctkd={direction: pull, path_terms: false, unreachable: rest}"],
+            "loses no teacher token",
+        ),
         (["ctkd.learned.enabled=true"], "set ctkd.gamma=0.1"),
         (
             ["ctkd={learned: {enabled: true}, gamma: 0.1, loss_type: hkl}"],
