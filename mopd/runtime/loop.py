@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +12,6 @@ import numpy as np
 from mopd.errors import DidNotLearnError, MopdError
 from mopd.losses.balance import Balance
 from mopd.losses.cross_entropy import CROSS_ENTROPY
-from mopd.losses.opd import CHUNKS
-from mopd.metrics.metric import means, merge, values
 from mopd.metrics.sinks import Sink
 from mopd.metrics.summary import Summary
 from mopd.rollout import sync
@@ -31,6 +28,7 @@ from mopd.runtime.learned import save_learned_projections
 from mopd.runtime.ledger import added
 from mopd.runtime.objective import loss_balance, static_weights
 from mopd.runtime.replica import from_lead, gather_leads, sum_over_leads
+from mopd.runtime.report import log_step, mean_of
 from mopd.serving.journal import drop_stale_journals
 from mopd.student import checkpoint
 from mopd.student.hf_export import iter_hf_weights, save_hf
@@ -38,10 +36,6 @@ from mopd.student.step import StepResult
 from mopd.types import StepBatch
 
 MAX_SKIPPED_IN_A_ROW = 10
-MASKED_WARNING = 0.05
-SCORED_WARNING = 0.9
-RESCORED_WARNING = 0.1  # nats an answer
-FAR_TEACHER = 0.15  # nats of reverse KL at the start (MOPD: 0.04 trained well, 0.19 badly)
 
 
 @dataclass(slots=True)
@@ -89,7 +83,7 @@ def train(run: Run, sink: Sink) -> Summary:
             _push(run, step + 1)
         state.step = step + 1
         _stop_if_stuck(state, result)
-        _log(run, sink, batch, result, seconds=time.perf_counter() - began)
+        log_step(run, sink, batch, result, seconds=time.perf_counter() - began)
         state.seconds = seconds_before + time.perf_counter() - started
         if state.step % config.checkpoint.save_interval == 0 or state.step == config.train.steps:
             _save(run, state)
@@ -192,71 +186,10 @@ def _rebalance(run: Run, state: State, batch: StepBatch, result: StepResult) -> 
         return
     every = {**static_weights(run.config), **batch.weights}
     weights = {name: w for name, w in every.items() if batch.denominators.get(name, 0.0) > 0}
-    distilled = sum(w * _mean(f"loss/{name}", result, batch) for name, w in weights.items())
+    distilled = sum(w * mean_of(f"loss/{name}", result, batch) for name, w in weights.items())
     distilled /= sum(weights.values()) or 1.0
-    crossed = _mean(f"loss/{CROSS_ENTROPY}", result, batch)
+    crossed = mean_of(f"loss/{CROSS_ENTROPY}", result, batch)
     state.balance = balance.update(distilled, crossed).state()
-
-
-def _mean(name: str, result: StepResult, batch: StepBatch) -> float:
-    """Of a loss's sum: over the teacher's rows, its chunks, or the response tokens."""
-    kind, of = name.split("/", 1)
-    count = batch.num_response_tokens if of == CROSS_ENTROPY else batch.denominators[of]
-    if kind not in ("loss", "kl"):
-        count = result.metrics[f"{CHUNKS}/{of}"]
-    return result.metrics.get(name, 0.0) / (count or 1.0)
-
-
-def _log(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seconds: float) -> None:
-    line: dict[str, float] = {
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "lr": result.lr,
-        "skipped": float(result.skipped),
-    }
-    for name in result.metrics:  # loss/<teacher>, kl/<teacher>, loss/cross_entropy, ...
-        if not name.startswith(f"{CHUNKS}/"):
-            line[name] = _mean(name, result, batch)
-    if run.feed is None:
-        return
-    if batch.step == 0:
-        _warn_of_distance(run, sink, line)
-    # every lead knows its own rollouts; the line shows all of them
-    merged = merge(gather_leads(run.topology, means(batch.metrics)))
-    tokens = merged["masked"].count
-    line |= values(merged)
-    if line["masked"] > MASKED_WARNING:
-        sink.note(
-            f"warning: step {batch.step}: {line['masked']:.0%} of the response tokens have no "
-            "teacher; the policy may be leaving the text that teachers can read"
-        )
-    for name in run.pairs:
-        if line.get(f"scored/{name}", 1.0) < SCORED_WARNING:
-            sink.note(
-                f"warning: step {batch.step}: teachers.{name} scored only "
-                f"{line[f'scored/{name}']:.0%} of the tokens it was asked for (see missing/{name}/)"
-            )
-    if line.get("rescored/nats", 0.0) > RESCORED_WARNING or line.get("rescored/other_tokens"):
-        sink.note(
-            f"warning: step {batch.step}: a teacher scores {line['rescored/nats']:.2g} nats an "
-            "answer away from before the restart; is it the same model?"
-        )
-    line["tokens_per_second"] = tokens / seconds
-    line["time/step"] = seconds
-    line |= values({**run.feed.times, **run.spans.drain()})
-    sink.log(batch.step, line)
-
-
-def _warn_of_distance(run: Run, sink: Sink, line: Mapping[str, float]) -> None:
-    """A policy gradient needs a teacher that finds the student's answers likely."""
-    for name, pair in run.pairs.items():
-        if pair.loss == "opd" and line.get(f"distance/{name}", 0.0) > FAR_TEACHER:
-            distance = line[f"distance/{name}"]
-            sink.note(
-                f"warning: {name} is far from the student ({distance:.2f} nats a chunk, "
-                f"above {FAR_TEACHER}); expect a slow or unstable policy gradient, or begin with "
-                "distillation.loss=kl or ctkd"
-            )
 
 
 def _evaluate(run: Run) -> Scores:
