@@ -38,7 +38,7 @@ def log_step(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seco
     merged = merge(gather_leads(run.topology, means(batch.metrics)))
     tokens = merged["masked"].count
     line |= values(merged)
-    for warning in _warnings(line, run.pairs):
+    for warning in warnings_of(line, run.pairs):
         sink.note(f"warning: step {batch.step}: {warning}")
     line["tokens_per_second"] = tokens / seconds
     line["time/step"] = seconds
@@ -46,7 +46,8 @@ def log_step(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seco
     sink.log(batch.step, line)
 
 
-def _warnings(line: Mapping[str, float], teachers: Iterable[str]) -> Iterator[str]:
+def warnings_of(line: Mapping[str, float], teachers: Iterable[str]) -> Iterator[str]:
+    """What somebody should look at in a step's line of metrics."""
     if line["masked"] > MASKED_WARNING:
         yield (
             f"{line['masked']:.0%} of the response tokens have no teacher; the policy may be "
