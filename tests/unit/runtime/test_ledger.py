@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mopd.errors import MopdError
+from mopd.errors import ArtifactError, MopdError
 from mopd.runtime.ahead import Ahead
 from mopd.runtime.gather import Gathered, Gatherer, GatherOptions
 from mopd.runtime.ledger import Ledger, added
@@ -267,3 +267,16 @@ def test_ledgers_of_replicas_add_up() -> None:
         "in_flight": 1,
         "dropped": {"stale": 2, "unscored": 1},
     }
+
+
+def test_a_journal_of_other_prompts_is_refused(tmp_path: Path) -> None:
+    weather = Weather(random.Random(0))
+    _, _, _, journal = start(tmp_path, weather)
+    journal.append(0, [rollout(p, version=0, stops=True) for p in prompts_of(7)])
+    journal.close()
+    ahead, _, _, journal = start(tmp_path, weather)
+    journal.resume_from(0, size=PROMPTS)
+    ahead.start(0)
+    with pytest.raises(ArtifactError, match="other answers for step 0"):
+        ahead.take(0)
+    journal.close()
