@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     pair = argparse.ArgumentParser(add_help=False)
     pair.add_argument("--student", type=Path, required=True, metavar="DIR")
     pair.add_argument("--teacher", type=Path, required=True, metavar="DIR")
+    for side in ("student", "teacher"):
+        pair.add_argument(f"--{side}-eos", metavar="TOKEN", help=f"the recipe's {side} eos_token")
     ctkd = CtkdSection()
     shape = argparse.ArgumentParser(add_help=False)
     shape.add_argument("--max-length", type=int, default=ctkd.max_length, metavar="N")
@@ -269,10 +271,13 @@ def _built(student: Vocabulary, teacher: Vocabulary, shape: ProjectionOptions) -
 
 
 def _vocabularies(options: argparse.Namespace) -> tuple[Vocabulary, Vocabulary]:
-    return _vocabulary("--student", options.student), _vocabulary("--teacher", options.teacher)
+    return (
+        _vocabulary("--student", options.student, options.student_eos),
+        _vocabulary("--teacher", options.teacher, options.teacher_eos),
+    )
 
 
-def _vocabulary(flag: str, path: Path) -> Vocabulary:
+def _vocabulary(flag: str, path: Path, eos_token: str | None) -> Vocabulary:
     """Read as a run reads it, so that fingerprints agree; no code of the folder is run."""
     if not path.is_dir():
         raise ConfigError(f"{flag} {path}: no such folder; name one with a tokenizer.json")
@@ -287,7 +292,7 @@ def _vocabulary(flag: str, path: Path) -> Vocabulary:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{flag} {path}: holds no readable tokenizer ({reason})") from error
-    return Vocabulary.from_tokenizer(tokenizer)
+    return Vocabulary.from_tokenizer(tokenizer, eos_token=eos_token)
 
 
 def _save(path: Path, projection: Projection, *, shape: ProjectionOptions, seconds: float) -> None:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from mopd.config.model_shape import read_model_config
-from mopd.config.schema import RunConfig
+from mopd.config.schema import RunConfig, StudentSection, TeacherSection
 from mopd.device import get_device
-from mopd.errors import ConfigError
+from mopd.errors import ArtifactError, ConfigError
 from mopd.losses.head import DistillationHead
 from mopd.losses.vocab import VocabShard
 from mopd.metrics.span import Spans
@@ -135,14 +135,23 @@ def _read(config: RunConfig, path: str, router: Router) -> list[Prompt]:
 
 
 def _load_tokenizers(config: RunConfig) -> _Tokenizers:
-    student = ChatTokenizer.load(str(config.student.tokenizer or config.student.model))
     return _Tokenizers(
-        student=student,
+        student=_tokenizer("student", config.student),
         teachers={
-            name: ChatTokenizer.load(str(teacher.tokenizer or teacher.model))
+            name: _tokenizer(f"teachers.{name}", teacher)
             for name, teacher in active_teachers(config).items()
         },
     )
+
+
+def _tokenizer(key: str, section: StudentSection | TeacherSection) -> ChatTokenizer:
+    path = str(section.tokenizer or section.model)
+    try:
+        found = ChatTokenizer.load(path, eos_token=section.eos_token)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    found.check_end(key)
+    return found
 
 
 def _check_tokenizers(config: RunConfig, tokenizers: _Tokenizers) -> None:
@@ -165,13 +174,17 @@ def _pairs(config: RunConfig, tokenizers: _Tokenizers, topology: Topology) -> di
     sections = active_teachers(config)
     needed = [n for n, t in sections.items() if loss_name(config, t) not in ("kl", "opd")]
 
+    def get(name: str) -> Projection:
+        path = sections[name].projection_matrix_path
+        try:
+            return store.get(student, teachers[name], options, path=path)
+        except ArtifactError as error:
+            if path is None:
+                raise
+            raise ConfigError(f"teachers.{name}.projection_matrix_path: {error}") from error
+
     def read() -> dict[str, Projection]:
-        return {
-            name: store.get(
-                student, teachers[name], options, path=sections[name].projection_matrix_path
-            )
-            for name in needed
-        }
+        return {name: get(name) for name in needed}
 
     found = read() if topology.rank == 0 else {}
     dist.barrier()

@@ -15,7 +15,7 @@ from mopd.runtime.payloads import active_teachers
 from mopd.serving.endpoint import Endpoint, EndpointOptions
 from mopd.serving.replicas import Replicas, RetryOptions
 from mopd.teachers.base import Teacher
-from mopd.teachers.hf import HfTeacher
+from mopd.teachers.hf import HfTeacher, check_model
 from mopd.teachers.pool import TeacherPool
 from mopd.teachers.remote import RemoteOptions, RemoteTeacher, names_of
 from mopd.teachers.uniform import UniformTeacher
@@ -61,6 +61,12 @@ def _teacher(
         case "custom":
             return custom(section.backend.target, config=config, tokenizer=tokenizer)
         case "hf":
+            check_model(
+                name,
+                Path(str(section.model)),
+                tokenizer=tokenizer,
+                min_length=config.rollout.max_new_tokens,
+            )
             return HfTeacher(
                 name,
                 Path(str(section.model)),
@@ -112,6 +118,7 @@ def _remote(
                 top_k=top_k,
                 tolerance=backend.tolerance,
                 min_length=config.rollout.max_new_tokens,
+                canary_interval=backend.canary_interval,
             ),
         )
     except TeacherError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -16,7 +16,6 @@ from mopd.serving.http import (
     HttpServer,
     RefusedError,
     RetryableError,
-    ServerError,
     api_key,
 )
 from mopd.serving.reply import Entries, Reply, Shape, decode_openai, decode_vllm
@@ -58,7 +57,7 @@ class _Models(msgspec.Struct):
 
 
 class _Tokens(msgspec.Struct):
-    tokens: list[int]
+    tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]]
 
 
 class Endpoint:
@@ -79,6 +78,8 @@ class Endpoint:
         self.model: str = ""
         self.max_length: int | None = None  # tokens of a prompt, from the server's own limit
         self.probe: Callable[[Endpoint], Any] | None = None
+        self.probe_interval = 0  # requests for scores between two probes; 0: new connections only
+        self._unprobed = 0
         self._probing = asyncio.Lock()
 
     async def start(self) -> None:
@@ -137,7 +138,8 @@ class Endpoint:
         Raises:
             RetryableError, RefusedError, BadReplyError, and what ``probe`` raises.
         """
-        if self._http.reconnected:
+        self._unprobed += 1
+        if self._unverified():
             await self._verify()
         reply = await self._ask(prompts, k, temperature)
         if self._http.reconnected:
@@ -147,11 +149,14 @@ class Endpoint:
     async def _verify(self) -> None:
         """One probe for all requests that wait for it."""
         async with self._probing:
-            if self._http.reconnected:
+            if self._unverified():
                 # before the probe: it must see the connections that it opens itself as known
                 if self.probe is not None:
                     await self.probe(self)
-                self._http.reconnected = False
+                self._http.reconnected, self._unprobed = False, 0
+
+    def _unverified(self) -> bool:
+        return self._http.reconnected or 0 < self.probe_interval < self._unprobed
 
     async def _ask(self, prompts: Sequence[np.ndarray], k: int, temperature: float) -> Reply:
         entries = (k + 1) * sum(len(prompt) for prompt in prompts)
@@ -200,18 +205,24 @@ class Endpoint:
             "return_tokens_as_token_ids": True,  # vLLM's: names that are never ambiguous
         }
 
-    async def tokenize(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray | None:
-        """The server's own template and tokens of a chat; None where it has no ``/tokenize``."""
+    async def tokenize(
+        self, what: str | Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> np.ndarray | None:
+        """The server's own tokens of a text, or of a chat by its template; None: it gives none."""
         if self._options.shape != "vllm":
             return None
-        body = {"model": self.model, "messages": [dict(m) for m in messages]}
-        body |= {"add_generation_prompt": True, "add_special_tokens": False}
+        body: dict[str, Any] = {"model": self.model, "add_special_tokens": False}
+        if isinstance(what, str):
+            body["prompt"] = what
+        else:
+            body["messages"] = [dict(message) for message in what]
+            body["add_generation_prompt"] = add_generation_prompt
         try:
             said = await self._http.request(
                 "POST", "/tokenize", msgspec.json.encode(body), max_bytes=SMALL_REPLY
             )
             return np.array(msgspec.json.decode(said, type=_Tokens).tokens, dtype=np.int64)
-        except (ServerError, msgspec.MsgspecError):  # has no such path, or no template
+        except (RefusedError, msgspec.MsgspecError):  # has no such path, or no template
             return None
 
     async def close(self) -> None:

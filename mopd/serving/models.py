@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,23 @@ def load_causal_lm(model_dir: Path, *, device: torch.device) -> Any:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{model_dir}: cannot be loaded as a causal LM ({reason})") from error
     return model.to(device).eval()
+
+
+def model_limits(model_dir: Path) -> tuple[int | None, int | None]:
+    """(columns of the logits, tokens of the longest text) by config.json; None: not said there.
+
+    Raises:
+        ConfigError: config.json cannot be read.
+    """
+    path = model_dir / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = config.get("text_config") or config
+        found = [config.get(key) for key in ("vocab_size", "max_position_embeddings")]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    width, context = (value if isinstance(value, int) else None for value in found)
+    return width, context
 
 
 def model_fingerprint(model_dir: Path) -> str:

@@ -9,11 +9,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopd.errors import ConfigError
 from mopd.serving.generation import Generated, generate, sampling_stream
-from mopd.serving.models import load_causal_lm, model_fingerprint
+from mopd.serving.models import load_causal_lm, model_fingerprint, model_limits
 from mopd.teachers.base import TeacherInput, teacher_input
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout, TeacherScores
+
+
+def check_model(name: str, model_dir: Path, *, tokenizer: ChatTokenizer, min_length: int) -> None:
+    """Whether a model can be this teacher, from its config.json alone.
+
+    Raises:
+        ConfigError: it has fewer tokens than the tokenizer, or a context below ``min_length``.
+    """
+    width, context = model_limits(model_dir)
+    size = tokenizer.vocabulary.size
+    if width is not None and width < size:
+        raise ConfigError(
+            f"teachers.{name}.model: {model_dir} has logits for {width} tokens and its tokenizer "
+            f"has {size}; name the tokenizer of this model: teachers.{name}.tokenizer"
+        )
+    if context is not None and context < min_length:
+        raise ConfigError(
+            f"teachers.{name}.model: {model_dir} reads {context} tokens, and an answer may have "
+            f"{min_length}; lower rollout.max_new_tokens to less than {context}"
+        )
 
 
 class HfTeacher:

@@ -15,6 +15,7 @@ from mopd.serving.replicas import Replicas
 from mopd.serving.reply import Entries, token_names
 from mopd.teachers.admission import Admitted, admit, nothing
 from mopd.teachers.base import TeacherInput, teacher_input
+from mopd.teachers.identity import Identity
 from mopd.teachers.selftest import Canary, difference, fingerprint, recheck, self_test
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout, TeacherScores
@@ -22,11 +23,16 @@ from mopd.types import Prompt, Rollout, TeacherScores
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteOptions:
-    """``min_length``: tokens that a server must read at least, else it is refused."""
+    """``min_length``: tokens that a server must read at least, else it is refused.
+
+    ``canary_interval``: requests to a server between two looks at a fixed text; 0: only new
+    connections are looked at.
+    """
 
     top_k: int
     tolerance: float
     min_length: int = 0
+    canary_interval: int = 0
 
 
 class RemoteTeacher:
@@ -60,6 +66,8 @@ class RemoteTeacher:
             tolerance=options.tolerance,
             min_length=options.min_length,
         )
+        self._identity = Identity(name, tokenizer)
+        self._canary_interval = options.canary_interval
         try:
             self._reference = replicas.run(self._start())
         except BaseException:
@@ -79,7 +87,7 @@ class RemoteTeacher:
         for endpoint in self._replicas.endpoints:
             try:
                 await endpoint.start()
-                found.append(await self_test(endpoint, self._canary, self.tokenizer))
+                found.append(await self_test(endpoint, self._canary, self._identity))
             except ServerError as error:
                 raise TeacherError(f"teachers.{self.name}: {error}") from error
             if (worst := difference(found[0], found[-1])) > self._canary.tolerance:
@@ -89,12 +97,12 @@ class RemoteTeacher:
                     f"start all of teachers.{self.name}.backend.urls from the same one",
                 )
         for endpoint in self._replicas.endpoints:
-            endpoint.probe = self._probe
+            endpoint.probe, endpoint.probe_interval = self._probe, self._canary_interval
         return found[0]
 
     async def _probe(self, endpoint: Endpoint) -> None:
         await endpoint.find_model()
-        await recheck(endpoint, self._canary, self._reference)
+        await recheck(endpoint, self._canary, self._identity, self._reference)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         """One `TeacherScores` per rollout, in order; rows without a score are not valid.

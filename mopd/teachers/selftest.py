@@ -12,9 +12,10 @@ from mopd.errors import TeacherError
 from mopd.serving.endpoint import Endpoint
 from mopd.serving.http import RefusedError
 from mopd.teachers.admission import Admitted, admit
+from mopd.teachers.identity import USER, Identity
 from mopd.tokens.chat import ChatTokenizer
 
-MESSAGES = ({"role": "user", "content": "Write 3 words about 42 trees, then stop."},)
+MESSAGES = (USER,)
 SPREAD = 24  # ids over the whole vocabulary behind the template
 
 
@@ -101,12 +102,21 @@ def difference(one: Admitted, two: Admitted) -> float:
     return float(np.abs(one.logprobs - two.logprobs)[both].max()) if both.any() else np.inf
 
 
-async def self_test(endpoint: Endpoint, canary: Canary, tokenizer: ChatTokenizer) -> Admitted:
+async def self_test(endpoint: Endpoint, canary: Canary, identity: Identity) -> Admitted:
     """Scores of the first prompt.
 
     Raises:
         TeacherError: one line: what is wrong with the server, and the remedy.
     """
+    check_context(endpoint, canary)
+    await identity.check(endpoint, whole=True)
+    first = await check_order(endpoint, canary)
+    await check_temperature(endpoint, canary, first)
+    return first
+
+
+def check_context(endpoint: Endpoint, canary: Canary) -> None:
+    """Whether the server reads what the recipe may send."""
     limit = endpoint.max_length
     if limit is not None and limit < canary.min_length:
         raise canary.error(
@@ -114,13 +124,10 @@ async def self_test(endpoint: Endpoint, canary: Canary, tokenizer: ChatTokenizer
             f"reads {limit} tokens and this recipe needs {canary.min_length}; start it with "
             f"--max-model-len {canary.min_length + 1} or more",
         )
-    own, its = tokenizer.prompt_ids(MESSAGES), await endpoint.tokenize(MESSAGES)
-    if its is not None and own.tolist() != its.tolist():
-        raise canary.error(
-            endpoint,
-            "writes a chat with other tokens: another tokenizer or chat template; name its own: "
-            f"teachers.{canary.name}.tokenizer",
-        )
+
+
+async def check_order(endpoint: Endpoint, canary: Canary) -> Admitted:
+    """Scores of the first prompt, which do not depend on what stands beside it."""
     first = await _score(endpoint, canary, (0, 1, 2))
     again = await _score(endpoint, canary, (2, 0, 1))
     worst = max(difference(first[i], again[j]) for i, j in enumerate((1, 2, 0)))
@@ -130,14 +137,18 @@ async def self_test(endpoint: Endpoint, canary: Canary, tokenizer: ChatTokenizer
             f"scores the same text {worst:.2g} apart in another order (backend.tolerance "
             f"{canary.tolerance:g}); switch off what mixes requests, or raise backend.tolerance",
         )
+    return first[0]
+
+
+async def check_temperature(endpoint: Endpoint, canary: Canary, first: Admitted) -> None:
+    """Whether scores are those of temperature 1, whatever the server samples at."""
     cooler = await _score(endpoint, canary, (0,), temperature=0.5)
-    if (shift := difference(first[0], cooler[0])) > canary.tolerance:
+    if (shift := difference(first, cooler[0])) > canary.tolerance:
         raise canary.error(
             endpoint,
             f"applies the sampling temperature to prompt log-probabilities (off by {shift:.2g}); "
             "start it with --logprobs-mode raw_logprobs",
         )
-    return first[0]
 
 
 async def _score(
@@ -180,8 +191,11 @@ async def _cause(
     return str(error.args[2])
 
 
-async def recheck(endpoint: Endpoint, canary: Canary, reference: Admitted) -> None:
-    """Raises TeacherError when the server behind a new connection scores otherwise than before."""
+async def recheck(
+    endpoint: Endpoint, canary: Canary, identity: Identity, reference: Admitted
+) -> None:
+    """Raises TeacherError when the server scores, or reads, otherwise than it did."""
+    await identity.check(endpoint, whole=False)
     entries = await endpoint.probe_score([canary.prompts[0]], canary.k)
     (found,) = canary.read(endpoint, entries, (0,))
     if (worst := difference(reference, found)) > canary.tolerance:

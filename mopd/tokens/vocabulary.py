@@ -74,20 +74,28 @@ class Vocabulary:
         return tuple(found)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
-        """From a transformers fast tokenizer with an end-of-turn token."""
+    def from_tokenizer(cls, tokenizer: Any, *, eos_token: str | None = None) -> Vocabulary:
+        """From a transformers fast tokenizer; ``eos_token`` ends a turn, None: its own does."""
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ConfigError(
                 f"{tokenizer.name_or_path}: a fast tokenizer (tokenizer.json) is needed"
             )
-        if tokenizer.eos_token_id is None:
+        eos_id = tokenizer.eos_token_id
+        if eos_token is not None:
+            eos_id = tokenizer.get_vocab().get(eos_token)
+            if eos_id is None:
+                raise ConfigError(
+                    f"eos_token={eos_token}: is not one token of {tokenizer.name_or_path}; name "
+                    "the token that ends a turn as the tokenizer writes it"
+                )
+        if eos_id is None:
             raise ConfigError(
                 f"{tokenizer.name_or_path}: the tokenizer names no eos_token; set one"
             )
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         named = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id}
         roles = {role: int(index) for role, index in named.items() if index is not None}
-        return cls(spec, eos_id=int(tokenizer.eos_token_id), roles=roles)
+        return cls(spec, eos_id=int(eos_id), roles=roles)
 
     @cached_property
     def table(self) -> ByteTable:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from mopd.tokens.chat import ChatTokenizer
+
 Scorer = Callable[[Sequence[int]], np.ndarray]  # ids [T] -> [T - 1, V] log-probabilities
 # Writes to the socket; True: the connection is still in order.
 Fault = Callable[[asyncio.StreamWriter, dict[str, Any]], Awaitable[bool]]
@@ -69,7 +71,8 @@ class StubOptions:
     names: Sequence[str] | None = None  # strings of the tokens, for the OpenAI shape
     key: str | None = None
     refusal: str = "no"  # what it says to who has another key
-    chat: Callable[[Any], list[int]] | None = None  # /tokenize
+    chat: Callable[[Any], list[int]] | None = None  # /tokenize, chats alone
+    tokenizer: ChatTokenizer | None = None  # /tokenize, chats and texts
     ordered: bool = True  # False: a score depends on the place in the batch
     tempered: bool = False  # True: applies the temperature
     token_ids: bool = True  # echoes the ids, as newer servers do
@@ -85,6 +88,7 @@ class StubServer:
         self.options = options or StubOptions()
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.tokenized: list[dict[str, Any]] = []  # what /tokenize answered
         self.busy = self.busiest = 0
         self._scorer = scorer
         self._port = port
@@ -160,13 +164,29 @@ class StubServer:
         elif path == "/v1/models":
             listed = {"id": self.options.model, "max_model_len": self.options.max_model_len}
             await send_json(writer, {"data": [listed]})
-        elif path == "/tokenize" and self.options.chat is not None:
-            await send_json(writer, {"tokens": self.options.chat(json.loads(body)["messages"])})
+        elif path == "/tokenize":
+            await self._tokenize(writer, json.loads(body))
         elif method == "POST" and path == "/v1/completions":
             return await self._completions(writer, json.loads(body), headers)
         else:
             await send_json(writer, {"error": "not found"}, status=404)
         return True
+
+    async def _tokenize(self, writer: asyncio.StreamWriter, asked: dict[str, Any]) -> None:
+        chat, tokenizer = self.options.chat, self.options.tokenizer
+        ids = None
+        if "messages" in asked and chat is not None:
+            ids = chat(asked["messages"])
+        elif "messages" in asked and tokenizer is not None:
+            add = asked["add_generation_prompt"]
+            ids = tokenizer.chat_ids(asked["messages"], add_generation_prompt=add)
+        elif tokenizer is not None:
+            ids = tokenizer.text_ids(asked["prompt"])
+        if ids is None:
+            await send_json(writer, {"error": "not found"}, status=404)
+        else:
+            self.tokenized.append(asked)
+            await send_json(writer, {"tokens": ids})
 
     async def _completions(
         self, writer: asyncio.StreamWriter, request: dict[str, Any], headers: dict[str, str]

@@ -48,6 +48,7 @@ def remote_teacher(
     tolerance: float = 1e-3,
     endpoint: dict | None = None,
     retry: dict | None = None,
+    canary_interval: int = 0,
 ) -> RemoteTeacher:
     """A teacher called sort; short deadlines."""
     names = names_of(tokenizer) if shape == "openai" else {}
@@ -65,5 +66,5 @@ def remote_teacher(
         replicas,
         tokenizer=tokenizer,
         student=student,
-        options=RemoteOptions(top_k=top_k, tolerance=tolerance),
+        options=RemoteOptions(top_k=top_k, tolerance=tolerance, canary_interval=canary_interval),
     )

@@ -54,6 +54,23 @@ def test_build_writes_what_a_run_reads(
     assert len(loaded.col) == int(printed.split(" weights")[0].split()[-1])
 
 
+def test_build_takes_the_end_of_turn_of_the_recipe(
+    pair: list[str], tiny_world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / "w.safetensors"
+    eos = {"student": "<|endoftext|>", "teacher": "<|pad|>"}
+    words = [word for side, token in eos.items() for word in (f"--{side}-eos", token)]
+    assert main(["projection", "build", *pair, "--out", str(path), *words]) == 0
+    student, teacher = (
+        ChatTokenizer.load(folder, eos_token=token).vocabulary
+        for folder, token in zip(
+            (tiny_world.student, tiny_world.teachers["sort"]), eos.values(), strict=True
+        )
+    )
+    options = ProjectionOptions(max_length=4, gamma=0.0)
+    assert ProjectionStore(tmp_path).get(student, teacher, options, path=str(path)).teacher_size
+
+
 def test_build_takes_the_map_roles_and_embeddings(
     pair: list[str], tiny_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "context": ({"max_model_len": 60}, {}, r"reads 59 tokens.*--max-model-len"),
     "temperature": ({"tempered": True}, {}, r"temperature.*raw_logprobs"),
     "order": ({"ordered": False}, {}, r"in another order|breaks the contract"),
-    "template": ({"chat": lambda messages: [1, 2, 3]}, {}, r"other tokens.*teachers\.sort\.tok"),
+    "template": ({"chat": lambda messages: [1, 2, 3]}, {}, r"other chat template.*sort\.tokenizer"),
     "key": ({"key": "secret"}, {}, r"401.*api_key_env"),
 }
 
@@ -67,7 +67,7 @@ def test_the_right_server_is_taken(
     monkeypatch.setenv("SORT_KEY", "secret")
     options = StubOptions(
         key="secret",
-        chat=lambda messages: tokenizer.prompt_ids(messages).tolist(),
+        tokenizer=tokenizer,
         max_logprobs=8,
         vocab_size=560,
     )
