@@ -20,7 +20,8 @@ FILL_IN = "or use launch/train.py, which fills in the embedded world"
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SERVER_TYPES = ("vllm", "openai")
+SERVER_TYPES = ("vllm", "mopd", "openai", "sglang", "trl")
+NAMING_TYPES = ("vllm", "openai", "sglang")  # of these, the ones that list models by name
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -66,6 +67,7 @@ def _backends(config: RunConfig) -> Iterator[str]:
     yield from _target("rollout.backend", config.rollout.backend)
     for name, teacher in config.teachers.items():
         yield from _target(f"teachers.{name}.backend", teacher.backend)
+        yield from _wire(f"teachers.{name}.backend", teacher.backend)
         yield from _servers(f"teachers.{name}.backend", teacher.backend, config)
     rollout = config.rollout.backend
     if rollout.type == "replay" and rollout.path is None:
@@ -85,6 +87,14 @@ def _target(prefix: str, backend: TeacherBackendSection | RolloutBackendSection)
         yield f"{prefix}.target: expected package.module:Name, got `{target}`"
 
 
+def _wire(prefix: str, backend: TeacherBackendSection) -> Iterator[str]:
+    if backend.type != "mopd" and backend.wire != "fp32":
+        yield f"{prefix}.wire: is only read by type=mopd; set that type, or wire=fp32"
+    if backend.served_model is not None and backend.type in ("mopd", "trl"):
+        kinds = ", ".join(NAMING_TYPES)
+        yield f"{prefix}.served_model: type={backend.type} names no models ({kinds} do); drop it"
+
+
 def _servers(prefix: str, backend: TeacherBackendSection, config: RunConfig) -> Iterator[str]:
     if backend.type not in SERVER_TYPES:
         for key in ("urls", "served_model", "api_key_env"):
@@ -101,10 +111,10 @@ def _servers(prefix: str, backend: TeacherBackendSection, config: RunConfig) -> 
             checked_url(url)
         except ValueError as error:
             yield f"{prefix}.urls: {_without_userinfo(url)} {error}"
-    if config.distillation.temperature != 1.0:
+    if config.distillation.temperature != 1.0 and backend.type != "mopd":
         yield (
             f"distillation.temperature={config.distillation.temperature:g}: {prefix}.type="
-            f"{backend.type} sends no log-sum-exp; set temperature to 1, or type=hf"
+            f"{backend.type} sends no log-sum-exp; set temperature to 1, or type=hf or mopd"
         )
     variable = backend.api_key_env
     if variable is None:

@@ -29,6 +29,7 @@ class Router:
                 "name another, or null"
             )
         self._key = distillation.teacher_key
+        self._top_k = distillation.top_k
 
     def route(self, domain: str, where: str) -> tuple[str, ...]:
         """Names of the teachers of a row at ``where`` (file and line, for the error)."""
@@ -46,13 +47,51 @@ class Router:
             )
         return names
 
+    def private(self, row: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, str]:
+        """Fields of a row that its teachers ``names`` alone may read."""
+        found: dict[str, str] = {}
+        for name in names:
+            section = self._teachers[name].privileged
+            if section.field is not None:
+                value = row.get(section.field)
+                if not isinstance(value, str):
+                    raise ConfigError(
+                        f"{where}: teachers.{name}.privileged.field={section.field!r} must be a "
+                        "string in every row that this teacher judges; add it, or drop the key"
+                    )
+                found[section.field] = value
+            spoken = section.field is not None or section.prefix is not None
+            if spoken and not any(message["role"] == "user" for message in row["messages"]):
+                raise ConfigError(
+                    f"{where}: no user message, and teachers.{name}.privileged puts a text before "
+                    "it; add one, or use privileged.system"
+                )
+        return found
+
+    def top_k(self, row: Mapping[str, Any], where: str) -> int | None:
+        """The row's own top-k."""
+        value = row.get("top_k")
+        if value is None:
+            return None
+        if self._top_k is None:
+            raise ConfigError(
+                f"{where}: 'top_k' cuts lists, and distillation.top_k=null asks for whole rows; "
+                "give distillation.top_k a number, or drop the field"
+            )
+        if type(value) is not int or not 1 <= value <= self._top_k:
+            raise ConfigError(
+                f"{where}: 'top_k' must be an integer from 1 to distillation.top_k={self._top_k}, "
+                f"not {value!r}"
+            )
+        return value
+
 
 def read_prompts(path: Path, *, router: Router, teacher_key: str) -> list[Prompt]:
     """Every row of a JSONL file as a `Prompt`.
 
     A row has ``messages`` (role and content), and optionally ``id``, ``answer``, ``response`` (an
-    answer for off-policy training) and the routing field. Rows without an id are named by file and
-    line.
+    answer for off-policy training), ``top_k``, the routing field and what teachers'
+    ``privileged.field`` names. Rows without an id are named by file and line.
 
     Raises:
         ConfigError: with file and line, what is wrong and what was expected.
@@ -70,14 +109,17 @@ def read_prompts(path: Path, *, router: Router, teacher_key: str) -> list[Prompt
         seen.add(prompt_id)
         domain = str(row.get(teacher_key, "default"))
         answer = row.get("answer")
+        messages, teachers = _messages(row, where), router.route(domain, where)
         prompts.append(
             Prompt(
                 id=prompt_id,
-                messages=_messages(row, where),
+                messages=messages,
                 domain=domain,
                 answer=None if answer is None else str(answer),
-                teachers=router.route(domain, where),
+                teachers=teachers,
+                top_k=router.top_k(row, where),
                 response=_response(row, where),
+                private=router.private(row, teachers, where),
             )
         )
     if not prompts:

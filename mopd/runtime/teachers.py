@@ -8,18 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
-from mopd.config.schema import RunConfig
+from mopd.config.backends import TeacherBackendSection
+from mopd.config.schema import PrivilegedSection, RunConfig
 from mopd.errors import ConfigError, TeacherError
 from mopd.runtime.payloads import active_teachers
 from mopd.serving.endpoint import Endpoint, EndpointOptions
+from mopd.serving.protocols import (
+    MopdRows,
+    OpenAiEcho,
+    ServerProtocol,
+    Sglang,
+    Trl,
+    VllmCompletions,
+    VllmGenerate,
+)
 from mopd.serving.replicas import Replicas, RetryOptions
 from mopd.teachers.base import Teacher
-from mopd.teachers.hf import HfTeacher, check_model
+from mopd.teachers.hf import HfOptions, HfTeacher, check_model
 from mopd.teachers.pool import TeacherPool
 from mopd.teachers.remote import RemoteOptions, RemoteTeacher, names_of
 from mopd.teachers.uniform import UniformTeacher
 from mopd.tokens.chat import ChatTokenizer
+
+# Whole rows of one teacher over the wire, per step: answers as long as they may be, in fp32.
+MAX_WHOLE_ROWS_BYTES = 2 << 30
 
 
 def build_pool(
@@ -55,6 +69,7 @@ def _teacher(
     device: torch.device,
 ) -> Teacher:
     section, top_k = config.teachers[name], config.distillation.top_k
+    _check_privileged(name, section.privileged, tokenizer)
     match section.backend.type:
         case "uniform":
             return UniformTeacher(name, tokenizer=tokenizer, student=student, top_k=top_k)
@@ -73,39 +88,43 @@ def _teacher(
                 tokenizer=tokenizer,
                 student=student,
                 device=device,
-                top_k=top_k,
-                temperature=config.distillation.temperature,
-                batch_size=section.backend.batch_size,
+                options=HfOptions(
+                    top_k=top_k,
+                    temperature=config.distillation.temperature,
+                    batch_size=section.backend.batch_size,
+                    privileged=section.privileged,
+                ),
             )
-        case "vllm" | "openai":
+        case "vllm" | "mopd" | "openai" | "sglang" | "trl":
             return _remote(config, name, tokenizer=tokenizer, student=student)
-        case other:
-            raise ConfigError(f"teachers.{name}.backend.type={other} is not available here")
 
 
 def _remote(
     config: RunConfig, name: str, *, tokenizer: ChatTokenizer, student: ChatTokenizer
 ) -> RemoteTeacher:
-    """For backend types vllm and openai; waits for the servers.
+    """For the backend types with servers; waits for them.
 
     Raises:
         ConfigError: a server that cannot be this teacher, before anything is trained.
     """
-    backend, top_k = config.teachers[name].backend, config.distillation.top_k
-    assert top_k is not None  # check_losses refuses it
+    section, top_k = config.teachers[name], config.distillation.top_k
+    backend = section.backend
+    if top_k is None:
+        _check_whole_rows(config, name, vocab_size=tokenizer.vocabulary.size)
     options = EndpointOptions(
-        shape="openai" if backend.type == "openai" else "vllm",
+        protocols=protocols(backend, tokenizer),
+        temperature=config.distillation.temperature,
         deadline_s=backend.deadline_s,
         max_outstanding=backend.max_outstanding,
         start_s=backend.start_s,
         api_key_env=backend.api_key_env,
         served_model=backend.served_model,
-        names=names_of(tokenizer) if backend.type == "openai" else {},
     )
     retry = RetryOptions(
         max_outstanding=backend.max_outstanding,
         max_retries=backend.max_retries,
         restart_budget_s=backend.restart_budget_s,
+        entries_per_request=backend.entries_per_request,
     )
     endpoints = [Endpoint(url, options) for url in backend.urls]
     try:
@@ -119,10 +138,62 @@ def _remote(
                 tolerance=backend.tolerance,
                 min_length=config.rollout.max_new_tokens,
                 canary_interval=backend.canary_interval,
+                privileged=section.privileged,
             ),
         )
     except TeacherError as error:
         raise ConfigError(str(error)) from error
+
+
+def protocols(
+    backend: TeacherBackendSection, tokenizer: ChatTokenizer
+) -> tuple[ServerProtocol, ...]:
+    """What servers of a type speak, the better first."""
+    match backend.type:
+        case "mopd":
+            return (MopdRows(vocab_size=tokenizer.vocabulary.size, wire=backend.wire),)
+        case "openai":
+            return (OpenAiEcho(names_of(tokenizer)),)
+        case "sglang":
+            return (Sglang(),)
+        case "trl":
+            return (Trl(),)
+        case _:
+            return (VllmGenerate(), VllmCompletions())
+
+
+def _check_whole_rows(config: RunConfig, name: str, *, vocab_size: int) -> None:
+    """Raises ConfigError when a step's rows would not pass through a network in reasonable time."""
+    rollout = config.rollout
+    answers = config.train.num_prompts_per_step * rollout.num_generations_per_prompt
+    size = answers * rollout.max_new_tokens * vocab_size * 4
+    if size > MAX_WHOLE_ROWS_BYTES:
+        raise ConfigError(
+            f"distillation.top_k: null asks teachers.{name} for up to {size / 2**30:.1f} GiB of "
+            f"whole rows a step, over {MAX_WHOLE_ROWS_BYTES / 2**30:g} GiB; give a number, lower "
+            "train.num_prompts_per_step or rollout.max_new_tokens, or set "
+            f"teachers.{name}.backend.type=hf"
+        )
+
+
+def _check_privileged(name: str, section: PrivilegedSection, tokenizer: ChatTokenizer) -> None:
+    """Raises ConfigError when the teacher's template has no place for its system message."""
+    if section.system is None:
+        return
+    user = {"role": "user", "content": "x"}
+    system = {"role": "system", "content": section.system}
+    try:
+        with_it = tokenizer.prompt_ids([system, user])
+    except TemplateError as error:
+        raise ConfigError(
+            f"teachers.{name}.privileged.system: its chat template refuses a system message "
+            f"({error}); use privileged.prefix"
+        ) from error
+    if with_it.tolist() == tokenizer.prompt_ids([user]).tolist():
+        raise ConfigError(
+            f"teachers.{name}.privileged.system: its chat template leaves a system message out; "
+            "use privileged.prefix"
+        )
 
 
 def custom(target: str | None, **arguments: Any) -> Any:

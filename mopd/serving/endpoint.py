@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -18,10 +19,10 @@ from mopd.serving.http import (
     RetryableError,
     api_key,
 )
-from mopd.serving.reply import Entries, Reply, Shape, decode_openai, decode_vllm
+from mopd.serving.protocols import SMALL_REPLY, Query, ServerProtocol
+from mopd.serving.reply import ArrayRows, Entries
+from mopd.serving.scoring import ScoredSequence
 
-ENTRY_BYTES = 512  # of one listed token in JSON, at most: vLLM writes about 80
-SMALL_REPLY = 1 << 20
 HEALTH_PAUSE_S = 0.5
 
 
@@ -30,30 +31,21 @@ class EndpointOptions:
     """How to talk to the servers of one model.
 
     Args:
-        shape: "vllm" asks for ``prompt_logprobs``, "openai" for the echo of the prompt.
+        protocols: in order of preference; the last is taken where a server has none of the others.
+        temperature: of the loss, for protocols that send log-sum-exps.
         api_key_env: the environment variable with the key; None sends none.
         served_model: the name to ask for; None takes the only one that the server lists.
         start_s: how long a server may take until it is healthy.
-        names: string -> id of the tokens, for shape "openai".
     """
 
-    shape: Shape
+    protocols: tuple[ServerProtocol, ...]
     deadline_s: float
     max_outstanding: int
     start_s: float
+    temperature: float = 1.0
     connect_s: float = 5.0
     api_key_env: str | None = None
     served_model: str | None = None
-    names: Mapping[str, int] = field(default_factory=dict)
-
-
-class _Model(msgspec.Struct):
-    id: str
-    max_model_len: int | None = None
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
 
 
 class _Tokens(msgspec.Struct):
@@ -75,6 +67,7 @@ class Endpoint:
             ),
         )
         self.url = self._http.url
+        self.protocol = options.protocols[-1]  # `find_model` may find a better one
         self.model: str = ""
         self.max_length: int | None = None  # tokens of a prompt, from the server's own limit
         self.probe: Callable[[Endpoint], Any] | None = None
@@ -101,19 +94,23 @@ class Endpoint:
                 await asyncio.sleep(HEALTH_PAUSE_S)
 
     async def find_model(self) -> None:
-        """Asks ``/v1/models``, after ``/health`` where the server has it."""
-        if self._options.shape == "vllm":
-            await self._http.request("GET", "/health", max_bytes=SMALL_REPLY)
-        body = await self._http.request("GET", "/v1/models", max_bytes=SMALL_REPLY)
+        """Asks what is served, and which of the protocols it is served by.
+
+        Raises:
+            RefusedError: another kind of server, no such model, or another one than before.
+        """
         try:
-            listed = msgspec.json.decode(body, type=_Models).data
-        except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+            listed = await self.protocol.models(self._get)
+        except (ValueError, RefusedError) as error:
+            if isinstance(error, RefusedError) and error.reason != "status_4xx":
+                raise
+            text = str(error.args[-1])
             raise RefusedError(
-                self.url, "models", f"/v1/models gave no list of models ({error}); is it vLLM?"
+                self.url, "models", f"{text}; is it a server of this backend.type?"
             ) from error
         wanted = self._options.served_model
-        names = [model.id for model in listed]
-        found = [model for model in listed if wanted in (None, model.id)]
+        names = [model.name for model in listed]
+        found = [model for model in listed if wanted in (None, model.name)]
         if len(found) != 1:
             what = "several models" if wanted is None else f"no model {wanted!r}"
             raise RefusedError(
@@ -121,19 +118,34 @@ class Endpoint:
                 "model",
                 f"serves {what} ({names!r}); set backend.served_model to the one that is meant",
             )
-        if self.model not in ("", found[0].id):
+        if self.model not in ("", found[0].name):
             raise RefusedError(
-                self.url, "model", f"served {self.model!r} before and now {found[0].id!r}"
+                self.url, "model", f"served {self.model!r} before and now {found[0].name!r}"
             )
-        self.model = found[0].id
-        limit = found[0].max_model_len
-        # one token more is always written behind the prompt
-        self.max_length = None if limit is None else limit - 1
+        self.model = found[0].name
+        self.max_length = found[0].max_length
+        self.protocol = await self._best_protocol()
+
+    async def _get(self, path: str) -> bytes:
+        return await self._http.request("GET", path, max_bytes=SMALL_REPLY)
+
+    async def _best_protocol(self) -> ServerProtocol:
+        """The first that brings scores of two tokens; the last needs no proof."""
+        *others, last = self._options.protocols
+        probe = ScoredSequence(ids=np.array([0, 1]), start=1)
+        for protocol in others:
+            try:
+                await self._request(protocol, (probe,), 1, 1.0)
+            except (RefusedError, BadReplyError):
+                continue
+            return protocol
+        return last
 
     async def score(
-        self, prompts: Sequence[np.ndarray], k: int, *, temperature: float = 1.0
-    ) -> list[Entries]:
-        """The ``k`` likeliest tokens before each token of each prompt [T], and that token.
+        self, sequences: Sequence[ScoredSequence], k: int | None
+    ) -> list[Entries | ArrayRows]:
+        """Of each sequence, what predicts the tokens behind its start: the ``k`` likeliest tokens
+        and that token; None asks for the whole vocabulary.
 
         Raises:
             RetryableError, RefusedError, BadReplyError, and what ``probe`` raises.
@@ -141,10 +153,18 @@ class Endpoint:
         self._unprobed += 1
         if self._unverified():
             await self._verify()
-        reply = await self._ask(prompts, k, temperature)
+        protocol, temperature = self.protocol, self._options.temperature
+        try:
+            reply = await self._ask(sequences, k, temperature)
+        except RefusedError:
+            if self._http.reconnected:
+                await self._verify()
+            if self.protocol is protocol:
+                raise
+            return await self._ask(sequences, k, temperature)  # it came back with other paths
         if self._http.reconnected:
             await self._verify()
-        return reply.prompts
+        return reply
 
     async def _verify(self) -> None:
         """One probe for all requests that wait for it."""
@@ -158,60 +178,59 @@ class Endpoint:
     def _unverified(self) -> bool:
         return self._http.reconnected or 0 < self.probe_interval < self._unprobed
 
-    async def _ask(self, prompts: Sequence[np.ndarray], k: int, temperature: float) -> Reply:
-        entries = (k + 1) * sum(len(prompt) for prompt in prompts)
+    async def _ask(
+        self, sequences: Sequence[ScoredSequence], k: int | None, temperature: float
+    ) -> list[Entries | ArrayRows]:
+        protocol = self.protocol
+        groups = [(one,) for one in sequences] if protocol.single else [tuple(sequences)]
+        found: list[Entries | ArrayRows] = []
+        for group in groups:
+            found += await self._request(protocol, group, k, temperature)
+        return found
+
+    async def _request(
+        self,
+        protocol: ServerProtocol,
+        sequences: tuple[ScoredSequence, ...],
+        k: int | None,
+        temperature: float,
+    ) -> Sequence[Entries | ArrayRows]:
+        query = Query(
+            request=uuid.uuid4().hex,
+            model=self.model,
+            sequences=sequences,
+            top_k=k,
+            temperature=temperature,
+        )
         body = await self._http.request(
-            "POST",
-            "/v1/completions",
-            msgspec.json.encode(self._body(prompts, k, temperature)),
-            max_bytes=SMALL_REPLY + ENTRY_BYTES * entries,
+            "POST", protocol.path, protocol.body(query), max_bytes=protocol.max_bytes(query)
         )
         try:
-            if self._options.shape == "vllm":
-                reply = decode_vllm(body, len(prompts))
-            else:
-                reply = decode_openai(body, len(prompts), names=self._options.names)
+            reply = protocol.read(body, query)
         except ValueError as error:
             raise BadReplyError(self.url, "json", f"a reply of another shape: {error}") from error
         if reply.model is not None and reply.model != self.model:
             raise BadReplyError(
                 self.url, "model", f"a reply of {reply.model!r}, not {self.model!r}"
             )
-        return reply
+        return reply.prompts
 
     async def probe_score(
         self, prompts: Sequence[np.ndarray], k: int, *, temperature: float = 1.0
-    ) -> list[Entries]:
-        """As `score`, for the probe itself."""
-        return (await self._ask(prompts, k, temperature)).prompts
-
-    def _body(self, prompts: Sequence[np.ndarray], k: int, temperature: float) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "prompt": [prompt.tolist() for prompt in prompts],
-            "temperature": temperature,
-        }
-        if self._options.shape == "vllm":
-            return body | {
-                "max_tokens": 1,
-                "prompt_logprobs": k,
-                "add_special_tokens": False,
-                "return_token_ids": True,
-            }
-        return body | {
-            "max_tokens": 0,
-            "echo": True,
-            "logprobs": k,
-            "return_tokens_as_token_ids": True,  # vLLM's: names that are never ambiguous
-        }
+    ) -> list[Entries | ArrayRows]:
+        """As `score`, for the probe itself: all tokens of each prompt [T] but the first."""
+        whole = [ScoredSequence(ids=prompt, start=1) for prompt in prompts]
+        return await self._ask(whole, k, temperature)
 
     async def tokenize(
         self, what: str | Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
     ) -> np.ndarray | None:
         """The server's own tokens of a text, or of a chat by its template; None: it gives none."""
-        if self._options.shape != "vllm":
+        if not self.protocol.chats:
             return None
-        body: dict[str, Any] = {"model": self.model, "add_special_tokens": False}
+        body: dict[str, Any] = {"add_special_tokens": False}
+        if not self.protocol.is_identity:
+            body["model"] = self.model
         if isinstance(what, str):
             body["prompt"] = what
         else:

@@ -10,12 +10,11 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
 from mopd.errors import TeacherError, TeacherExhausted
 from mopd.serving.endpoint import Endpoint
 from mopd.serving.http import BadReplyError, RefusedError, RetryableError, ServerError
-from mopd.serving.reply import Entries
+from mopd.serving.reply import ArrayRows, Entries
+from mopd.serving.scoring import ScoredSequence
 
 T = TypeVar("T")
 
@@ -86,8 +85,10 @@ class Replicas:
             future.cancel()
             raise
 
-    def score(self, prompts: Sequence[np.ndarray], k: int) -> list[Entries | str]:
-        """Per prompt [T], in order: its entries, or the reason why there are none.
+    def score(
+        self, prompts: Sequence[ScoredSequence], k: int | None
+    ) -> list[Entries | ArrayRows | str]:
+        """Per prompt, in order: what was said of it, or the reason why there is nothing.
 
         Raises:
             TeacherExhausted: no replica answered within the budget.
@@ -97,19 +98,26 @@ class Replicas:
         found = self.run(self._all(groups, k))
         return [one for group in found for one in group]
 
-    def _groups(self, prompts: Sequence[np.ndarray], k: int) -> list[list[np.ndarray]]:
-        groups: list[list[np.ndarray]] = []
+    def _groups(
+        self, prompts: Sequence[ScoredSequence], k: int | None
+    ) -> list[list[ScoredSequence]]:
+        groups: list[list[ScoredSequence]] = []
+        protocols = [endpoint.protocol for endpoint in self.endpoints]
+        single = any(protocol.single for protocol in protocols)
+        most = 1 if single else self._options.prompts_per_request
         room = 0
         for prompt in prompts:
-            size = len(prompt) * (k + 1)
-            if not groups or size > room or len(groups[-1]) == self._options.prompts_per_request:
+            size = protocols[0].entries(prompt, k)
+            if not groups or size > room or len(groups[-1]) == most:
                 groups.append([])
                 room = self._options.entries_per_request
             groups[-1].append(prompt)
             room -= size
         return groups
 
-    async def _all(self, groups: list[list[np.ndarray]], k: int) -> list[list[Entries | str]]:
+    async def _all(
+        self, groups: list[list[ScoredSequence]], k: int | None
+    ) -> list[list[Entries | ArrayRows | str]]:
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(self._group(group, k)) for group in groups]
@@ -117,7 +125,9 @@ class Replicas:
             raise _first(errors) from errors
         return [task.result() for task in running]
 
-    async def _group(self, group: list[np.ndarray], k: int) -> list[Entries | str]:
+    async def _group(
+        self, group: list[ScoredSequence], k: int | None
+    ) -> list[Entries | ArrayRows | str]:
         """One request; where its reply is no good, one for each prompt, so that one cannot spoil
         the others."""
         try:
@@ -129,7 +139,7 @@ class Replicas:
                 return [error.reason]
         return [one for prompt in group for one in await self._group([prompt], k)]
 
-    async def _tries(self, group: list[np.ndarray], k: int) -> list[Entries]:
+    async def _tries(self, group: list[ScoredSequence], k: int | None) -> list[Entries | ArrayRows]:
         started, tries = self._loop.time(), 0
         while True:
             state = await self._acquire()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from mopd.config.schema import PrivilegedSection
 from mopd.tokens.chat import ChatTokenizer
 from mopd.tokens.vocabulary import incomplete_utf8_tail
-from mopd.types import Prompt, Rollout, TeacherScores
+from mopd.types import Message, Prompt, Rollout, TeacherScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +60,48 @@ class Writer(Protocol):
     ) -> list[tuple[bytes, bool]]: ...
 
 
+def teacher_messages(prompt: Prompt, privileged: PrivilegedSection | None) -> tuple[Message, ...]:
+    """The chat as the teacher reads it: with its own system message, and with its prefix and the
+    row's private field before the first user message.
+
+    Raises:
+        ValueError: there is a text to put before a user message, and no such message.
+    """
+    messages = list(prompt.messages)
+    if privileged is None:
+        return prompt.messages
+    if privileged.system is not None:
+        rest = messages[1:] if messages[0]["role"] == "system" else messages
+        messages = [{"role": "system", "content": privileged.system}, *rest]
+    texts = [] if privileged.prefix is None else [privileged.prefix]
+    if privileged.field is not None:
+        texts.append(prompt.private[privileged.field])
+    if texts:
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if not users:
+            raise ValueError(f"prompt {prompt.id} has no user message")
+        first = messages[users[0]]
+        messages[users[0]] = {**first, "content": "\n\n".join([*texts, first["content"]])}
+    return tuple(messages)
+
+
 def teacher_input(
-    rollout: Rollout, tokenizer: ChatTokenizer, *, student: ChatTokenizer
+    rollout: Rollout,
+    tokenizer: ChatTokenizer,
+    *,
+    student: ChatTokenizer,
+    privileged: PrivilegedSection | None = None,
 ) -> TeacherInput:
     """The teacher's own template and its own tokens of the response bytes.
+
+    The prompt may hold what the student does not see (``privileged``).
 
     A teacher with the student's vocabulary gets the student's ids as they are. A response that was
     cut inside a UTF-8 character loses that beginning; bytes that are invalid elsewhere are passed
     on, so that nonsense is judged and not masked.
     """
     vocabulary = tokenizer.vocabulary
-    prompt_ids = tokenizer.prompt_ids(rollout.prompt.messages)
+    prompt_ids = tokenizer.prompt_ids(teacher_messages(rollout.prompt, privileged))
     if vocabulary.fingerprint == student.vocabulary.fingerprint:
         return TeacherInput(
             prompt_ids=prompt_ids, token_ids=rollout.token_ids, byte_ends=rollout.byte_ends
@@ -85,4 +117,27 @@ def teacher_input(
         prompt_ids=prompt_ids,
         token_ids=np.asarray(ids, dtype=np.int32),
         byte_ends=np.concatenate([reading.byte_ends, end]) if stops else reading.byte_ends,
+    )
+
+
+def cut_rows(scores: TeacherScores, k: int | None) -> TeacherScores:
+    """Listed rows with their ``k`` likeliest tokens; what is cut joins the tail. None cuts nothing.
+
+    Raises:
+        ValueError: whole rows, which have no list to cut.
+    """
+    if k is None or (scores.topk_ids is not None and scores.topk_ids.shape[1] <= k):
+        return scores
+    if scores.topk_ids is None:
+        raise ValueError(f"teacher {scores.teacher} sends whole rows, which no top_k cuts")
+    order = np.argsort(-scores.topk_logprobs, axis=1, kind="stable")
+    ranked = np.take_along_axis(scores.topk_logprobs, order, axis=1)
+    rest = ranked[:, k:].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of rows that are missing
+        tail = np.logaddexp(scores.log_tail.astype(np.float64), np.logaddexp.reduce(rest, axis=1))
+    return replace(
+        scores,
+        topk_ids=np.take_along_axis(scores.topk_ids, order[:, :k], axis=1),
+        topk_logprobs=ranked[:, :k],
+        log_tail=np.minimum(tail, 0.0).astype(np.float32),
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mopd.config.schema import PrivilegedSection
 from mopd.errors import ConfigError
 from mopd.serving.generation import Generated, generate, sampling_stream
 from mopd.serving.models import load_causal_lm, model_fingerprint, model_limits
-from mopd.teachers.base import TeacherInput, teacher_input
+from mopd.teachers.base import TeacherInput, teacher_input, teacher_messages
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout, TeacherScores
 
@@ -37,13 +39,24 @@ def check_model(name: str, model_dir: Path, *, tokenizer: ChatTokenizer, min_len
         )
 
 
-class HfTeacher:
-    """Scores with one forward pass per batch; padded output columns never count.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfOptions:
+    """What is asked of the model.
 
     Args:
         top_k: entries per position, the rest is one tail; None sends the whole vocabulary.
         temperature: the loss's, for the second log-sum-exp.
+        privileged: what the teacher reads and the student does not.
     """
+
+    top_k: int | None
+    temperature: float
+    batch_size: int
+    privileged: PrivilegedSection | None = None
+
+
+class HfTeacher:
+    """Scores with one forward pass per batch; padded output columns never count."""
 
     def __init__(
         self,
@@ -53,9 +66,7 @@ class HfTeacher:
         tokenizer: ChatTokenizer,
         student: ChatTokenizer,
         device: torch.device,
-        top_k: int | None,
-        temperature: float,
-        batch_size: int,
+        options: HfOptions,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
@@ -63,16 +74,20 @@ class HfTeacher:
         self._model = load_causal_lm(model_dir, device=device)
         self._fingerprint = model_fingerprint(model_dir)
         self._device = device
-        self._top_k = None if top_k is None else min(top_k, tokenizer.vocabulary.size)
-        self._temperature = temperature
-        self._batch_size = batch_size
+        size = tokenizer.vocabulary.size
+        self._top_k = None if options.top_k is None else min(options.top_k, size)
+        self._temperature = options.temperature
+        self._batch_size = options.batch_size
+        self._privileged = options.privileged
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         """One `TeacherScores` per rollout, in order."""
         scores: list[TeacherScores] = []
         for begin in range(0, len(rollouts), self._batch_size):
             part = [
-                teacher_input(rollout, self.tokenizer, student=self._student)
+                teacher_input(
+                    rollout, self.tokenizer, student=self._student, privileged=self._privileged
+                )
                 for rollout in rollouts[begin : begin + self._batch_size]
             ]
             scores += self._score_batch(part)
@@ -178,7 +193,10 @@ class HfTeacher:
             part = slice(begin, begin + self._batch_size)
             answers += generate(
                 self._model,
-                [self.tokenizer.prompt_ids(prompt.messages) for prompt in prompts[part]],
+                [
+                    self.tokenizer.prompt_ids(teacher_messages(prompt, self._privileged))
+                    for prompt in prompts[part]
+                ],
                 eos_id=self.tokenizer.eos_id,
                 vocab_size=self.tokenizer.vocabulary.size,
                 max_new_tokens=max_new_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mopd.teachers.base import Counting, Teacher
+from mopd.teachers.base import Counting, Teacher, cut_rows
 from mopd.types import Rollout, TeacherScores
 
 
@@ -15,14 +15,15 @@ class TeacherPool:
         self.teachers = teachers
 
     def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, TeacherScores]]:
-        """Per rollout: teacher name -> scores, in the pool's order."""
+        """Per rollout: teacher name -> scores, in the pool's order, with as many entries a row as
+        the rollout's prompt asks for."""
         results: list[dict[str, TeacherScores]] = [{} for _ in rollouts]
         for name, teacher in self.teachers.items():
             index = [i for i, r in enumerate(rollouts) if name in r.prompt.teachers]
             if index:
                 scores = teacher.score([rollouts[i] for i in index])
                 for i, score in zip(index, scores, strict=True):
-                    results[i][name] = score
+                    results[i][name] = cut_rows(score, rollouts[i].prompt.top_k)
         return results
 
     def troubles(self) -> dict[str, int]:

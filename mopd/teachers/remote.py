@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mopd.config.schema import PrivilegedSection
 from mopd.errors import TeacherError
 from mopd.serving.endpoint import Endpoint
 from mopd.serving.http import ServerError
 from mopd.serving.replicas import Replicas
-from mopd.serving.reply import Entries, token_names
+from mopd.serving.reply import ArrayRows, Entries, token_names
+from mopd.serving.scoring import ScoredSequence
 from mopd.teachers.admission import Admitted, admit, nothing
 from mopd.teachers.base import TeacherInput, teacher_input
 from mopd.teachers.identity import Identity
@@ -20,19 +22,26 @@ from mopd.teachers.selftest import Canary, difference, fingerprint, recheck, sel
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout, TeacherScores
 
+CANARY_K = 64  # entries of the fixed text where whole rows are asked for
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteOptions:
-    """``min_length``: tokens that a server must read at least, else it is refused.
+    """What is asked of the servers.
 
-    ``canary_interval``: requests to a server between two looks at a fixed text; 0: only new
-    connections are looked at.
+    Args:
+        top_k: entries of a row; None asks for whole rows.
+        min_length: tokens that a server must read at least, else it is refused.
+        canary_interval: requests to a server between two looks at a fixed text; 0: only new
+            connections are looked at.
+        privileged: what the teacher reads and the student does not.
     """
 
-    top_k: int
+    top_k: int | None
     tolerance: float
     min_length: int = 0
     canary_interval: int = 0
+    privileged: PrivilegedSection | None = None
 
 
 class RemoteTeacher:
@@ -58,11 +67,13 @@ class RemoteTeacher:
         self.missing: Counter[str] = Counter()
         self._student = student
         self._replicas = replicas
-        self._k = min(options.top_k, tokenizer.vocabulary.size)
+        self._privileged = options.privileged
+        self._size = tokenizer.vocabulary.size
+        self._k = None if options.top_k is None else min(options.top_k, self._size)
         self._canary = Canary.of(
             name,
             tokenizer,
-            k=self._k,
+            k=min(CANARY_K, self._size) if self._k is None else self._k,
             tolerance=options.tolerance,
             min_length=options.min_length,
         )
@@ -74,7 +85,10 @@ class RemoteTeacher:
             replicas.close()
             raise
         first = replicas.endpoints[0]
-        self._fingerprint = fingerprint(first.model, self._canary, self._reference)
+        self._sends_lse = first.protocol.sends_lse
+        self._fingerprint = first.model
+        if not first.protocol.is_identity:
+            self._fingerprint = fingerprint(first.model, self._canary, self._reference)
         limits = [e.max_length for e in replicas.endpoints if e.max_length is not None]
         self._max_length = min(limits, default=None)
 
@@ -84,12 +98,19 @@ class RemoteTeacher:
 
     async def _start(self) -> Admitted:
         found: list[Admitted] = []
+        first = self._replicas.endpoints[0]
         for endpoint in self._replicas.endpoints:
             try:
                 await endpoint.start()
                 found.append(await self_test(endpoint, self._canary, self._identity))
             except ServerError as error:
                 raise TeacherError(f"teachers.{self.name}: {error}") from error
+            if endpoint.protocol.is_identity and endpoint.model != first.model:
+                raise self._canary.error(
+                    endpoint,
+                    f"serves {endpoint.model[:12]}... and the first replica {first.model[:12]}...; "
+                    f"start all of teachers.{self.name}.backend.urls from the same model",
+                )
             if (worst := difference(found[0], found[-1])) > self._canary.tolerance:
                 raise self._canary.error(
                     endpoint,
@@ -110,36 +131,49 @@ class RemoteTeacher:
         Raises:
             TeacherExhausted: no server answers. TeacherError: it is another one than before.
         """
-        inputs = [teacher_input(r, self.tokenizer, student=self._student) for r in rollouts]
-        asked = [i for i, x in enumerate(inputs) if len(x.token_ids) and self._sent(x) is not None]
-        said: list[Entries | str] = ["context"] * len(inputs)
-        prompts = [self._sent(inputs[i]) for i in asked]
-        found = self._replicas.score([p for p in prompts if p is not None], self._k)
-        for i, entries in zip(asked, found, strict=True):
-            said[i] = entries
-        return [self._scores(x, entries) for x, entries in zip(inputs, said, strict=True)]
+        inputs = [
+            teacher_input(r, self.tokenizer, student=self._student, privileged=self._privileged)
+            for r in rollouts
+        ]
+        sent = [self._sent(x) for x in inputs]
+        widths = [self._width(rollout.prompt) for rollout in rollouts]
+        said: list[Entries | ArrayRows | str] = ["context"] * len(inputs)
+        # those with few entries are not sent as many as the others
+        for k in dict.fromkeys(widths):
+            asked = {i: s for i, s in enumerate(sent) if s is not None and widths[i] == k}
+            found = self._replicas.score(list(asked.values()), k)
+            for i, one in zip(asked, found, strict=True):
+                said[i] = one
+        return [self._scores(*row) for row in zip(inputs, sent, widths, said, strict=True)]
 
-    def _sent(self, x: TeacherInput) -> np.ndarray | None:
+    def _width(self, prompt: Prompt) -> int | None:
+        """Entries of its rows; None: the whole vocabulary."""
+        if self._k is None or prompt.top_k is None:
+            return self._k
+        return min(self._k, prompt.top_k)
+
+    def _sent(self, x: TeacherInput) -> ScoredSequence | None:
         """[P + T'] as much as the server reads; None: not one token of the response."""
         ids = np.concatenate([x.prompt_ids, x.token_ids]).astype(np.int64)[: self._max_length]
-        return ids if len(x.prompt_ids) and len(ids) > len(x.prompt_ids) else None
+        if not len(x.prompt_ids) or len(ids) <= len(x.prompt_ids):
+            return None
+        return ScoredSequence(ids=ids, start=len(x.prompt_ids))
 
-    def _scores(self, x: TeacherInput, said: Entries | str) -> TeacherScores:
+    def _scores(
+        self,
+        x: TeacherInput,
+        sent: ScoredSequence | None,
+        k: int | None,
+        said: Entries | ArrayRows | str,
+    ) -> TeacherScores:
         total = len(x.token_ids)
-        if isinstance(said, str):
-            parts = [nothing(total, self._k, said)]
+        if isinstance(said, str) or sent is None:
+            parts = [nothing(total, k, str(said), vocab_size=self._size)]
         else:
-            ids = self._sent(x)
-            assert ids is not None
-            admitted = admit(
-                said,
-                ids=ids,
-                num_prompt=len(x.prompt_ids),
-                k=self._k,
-                vocab_size=self.tokenizer.vocabulary.size,
-            )
+            admitted = admit(said, ids=sent.ids, num_prompt=sent.start, k=k, vocab_size=self._size)
             beyond = total - len(admitted.valid)
-            parts = [admitted, nothing(beyond, self._k, "context")]
+            rest = [nothing(beyond, k, "context", vocab_size=self._size)] if beyond else []
+            parts = [admitted, *rest]
         for part in parts:
             self.missing.update(part.missing)
         return TeacherScores(
@@ -148,10 +182,10 @@ class RemoteTeacher:
             token_ids=x.token_ids,
             byte_ends=x.byte_ends,
             logprobs=np.concatenate([part.logprobs for part in parts]),
-            topk_ids=np.concatenate([part.topk_ids for part in parts]),
+            topk_ids=_joined([part.topk_ids for part in parts]),
             topk_logprobs=np.concatenate([part.topk_logprobs for part in parts]),
             log_tail=np.concatenate([part.log_tail for part in parts]),
-            lse=None,
+            lse=_joined([part.lse for part in parts]) if self._sends_lse else None,
             valid=np.concatenate([part.valid for part in parts]),
         )
 
@@ -169,6 +203,12 @@ class RemoteTeacher:
     def close(self) -> None:
         """Closes the connections; the servers stay."""
         self._replicas.close()
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """One behind another; None where no part has any."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if known else None
 
 
 def names_of(tokenizer: ChatTokenizer) -> dict[str, int]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from mopd.demo import World
+from mopd.serving.hf_scorer import TransformersScorer
+from mopd.serving.score_server import ScoreServer
 from mopd.tokens.chat import ChatTokenizer
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import launch, step_lines, train_here, words
@@ -20,12 +24,13 @@ COMPARED = ("loss", "loss/sort", "loss/upper", "kl/sort", "alignment/sort", "mas
 
 
 def two_steps(world: World, directory: Path, name: str, **keys: object) -> list[dict]:
-    arguments = words(world, directory, name, train__steps=2, distillation__top_k=16, **keys)
+    settings = {"train__steps": 2, "distillation__top_k": 16} | keys
+    arguments = words(world, directory, name, **settings)
     run_ranks(train_here, 1, "mopd_ctkd", arguments, timeout=120)
     return step_lines(directory / name)
 
 
-@pytest.mark.parametrize("shape", ["vllm", "openai"])
+@pytest.mark.parametrize("shape", ["vllm", "openai", "sglang", "trl"])
 def test_the_losses_of_two_steps_are_those_of_the_hf_backend(
     tiny_world: World, tmp_path: Path, shape: str
 ) -> None:
@@ -42,6 +47,29 @@ def test_the_losses_of_two_steps_are_those_of_the_hf_backend(
         )
         assert len(stub.requests) > 4
     assert len(near) == len(far) == 2
+    for one, two in zip(near, far, strict=True):
+        for key in COMPARED:
+            assert two[key] == pytest.approx(one[key], abs=1e-5), key
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("top_k", [16, "null"])
+def test_mopd_serve_teaches_at_other_temperatures_and_with_whole_rows(
+    tiny_world: World, tmp_path: Path, top_k: object
+) -> None:
+    """Log-sum-exps and whole rows come over the wire as they are in process."""
+    keys = {"distillation__top_k": top_k, "distillation__temperature": 2.0}
+    near = two_steps(tiny_world, tmp_path, "near", **keys)
+    engine = TransformersScorer(tiny_world.teachers["sort"], device=torch.device("cpu"))
+    with ScoreServer("127.0.0.1", 0, scorer=engine, token=None) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        keys["teachers__sort__backend__type"] = "mopd"
+        keys["teachers__sort__backend__urls"] = f"[{url}]"
+        far = two_steps(tiny_world, tmp_path, "far", **keys)
+        server.shutdown()
+        thread.join(10.0)
     for one, two in zip(near, far, strict=True):
         for key in COMPARED:
             assert two[key] == pytest.approx(one[key], abs=1e-5), key

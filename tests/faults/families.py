@@ -1,7 +1,7 @@
 """Families of broken replies. A fault writes to the socket what a sick server would send.
 
 `CONTENT` edits the reply about one prompt, so that it can be broken every time it is asked for;
-`WIRE` breaks the whole exchange.
+`WIRE` breaks the whole exchange. `ROWS_CONTENT` and `ROWS_WIRE` do so to messages of `mopd serve`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ import gzip
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from mopd.serving.wire import encode_header, encode_rows
 from tests.helpers.stub_server import Fault, send, send_json
+from tests.helpers.stub_shapes import Message
 
 Choice = dict[str, Any]
 Edit = Callable[[random.Random, Choice], None]
@@ -246,3 +251,137 @@ WIRE: dict[str, Callable[[random.Random], Fault]] = {
     "status": status,
     "other_model": other_model,
 }
+
+
+Bend = Callable[[random.Random, Message], bytes]  # the body that is sent instead
+
+
+def array(rng: random.Random, message: Message, name: str, value: Any) -> bytes:
+    """One number of an array is another."""
+    changed = getattr(message.rows, name).copy()
+    changed.reshape(-1)[rng.randrange(changed.size)] = value
+    return replace(message, rows=replace(message.rows, **{name: changed})).encoded()
+
+
+def rows_truncated(rng: random.Random, message: Message) -> bytes:
+    whole = message.encoded()
+    return whole[: rng.randrange(len(whole))]
+
+
+def rows_too_long(rng: random.Random, message: Message) -> bytes:
+    return message.encoded() + bytes(rng.choice((1, 4, 8, 528, 1 << 22)))
+
+
+def rows_wrong_header(rng: random.Random, message: Message) -> bytes:
+    whole = bytearray(message.encoded())
+    kind = rng.randrange(4)
+    if kind == 0:
+        whole[rng.randrange(8)] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        whole[8:12] = rng.choice((0, 1 << 10, (1 << 32) - 1)).to_bytes(4, "little")
+    elif kind == 2:
+        whole[12 + rng.randrange(40)] = rng.choice(b'"{}[],:9x\x00\xff')
+    else:
+        fields = {"top_k": message.header.top_k + 1, "wire": "fp16", "temperature": 3.0}
+        name = rng.choice(list(fields))
+        header = replace(message.header, **{name: fields[name]})
+        return encode_header(header) + encode_rows(message.rows, wire="fp32")
+    return bytes(whole)
+
+
+def rows_of_another_request(rng: random.Random, message: Message) -> bytes:
+    """Finite and well-formed, and late."""
+    header = replace(message.header, request=f"{rng.getrandbits(128):032x}")
+    return replace(message, header=header).encoded()
+
+
+def rows_of_another_model(rng: random.Random, message: Message) -> bytes:
+    header = replace(message.header, model=rng.choice(("", "other", "0" * 64)))
+    return replace(message, header=header).encoded()
+
+
+def rows_of_other_counts(rng: random.Random, message: Message) -> bytes:
+    """As many rows, cut elsewhere."""
+    counts = list(message.header.rows)
+    counts[0], counts[-1] = counts[0] - 1, counts[-1] + 1
+    if len(counts) == 1 or counts[0] < 0:
+        counts = [*message.header.rows, 0]
+    return replace(message, header=replace(message.header, rows=tuple(counts))).encoded()
+
+
+ROWS_WIRE: dict[str, Bend] = {
+    "truncated": rows_truncated,
+    "too_long": rows_too_long,
+    "wrong_header": rows_wrong_header,
+    "another_request": rows_of_another_request,
+    "another_model": rows_of_another_model,
+    "other_counts": rows_of_other_counts,
+}
+
+
+def rows_not_a_number(rng: random.Random, message: Message) -> bytes:
+    name = rng.choice(("topk_logprobs", "logprobs", "log_tail", "lse"))
+    return array(rng, message, name, rng.choice((float("nan"), float("inf"))))
+
+
+def rows_clamped(rng: random.Random, message: Message) -> bytes:
+    name = rng.choice(("topk_logprobs", "logprobs"))
+    return array(rng, message, name, rng.choice((-9999.0, -1e30, float("-inf"))))
+
+
+def rows_outside(rng: random.Random, message: Message) -> bytes:
+    return array(rng, message, "topk_ids", rng.choice((-1, 99999, 2**31 - 1, -(2**31))))
+
+
+def rows_duplicated(rng: random.Random, message: Message) -> bytes:
+    assert message.rows.topk_ids is not None
+    changed = message.rows.topk_ids.copy()
+    row = rng.randrange(len(changed))
+    one, two = rng.sample(range(changed.shape[1]), 2)
+    changed[row, one] = changed[row, two]
+    return replace(message, rows=replace(message.rows, topk_ids=changed)).encoded()
+
+
+def rows_mass(rng: random.Random, message: Message) -> bytes:
+    rows, by = message.rows, rng.choice((0.05, 0.5, 3.0, -0.05, -0.5))
+    name = rng.choice(("topk_logprobs", "log_tail"))
+    row = rng.randrange(len(rows.logprobs))
+    changed = getattr(rows, name).copy()
+    changed[row] += by if name == "topk_logprobs" else 4 * abs(by)
+    return replace(message, rows=replace(rows, **{name: changed})).encoded()
+
+
+def rows_shifted(rng: random.Random, message: Message) -> bytes:
+    """Each row says what its neighbour should, but for the actual tokens' log-probabilities."""
+    rows, by = message.rows, rng.choice((-1, 1))
+    assert rows.topk_ids is not None
+    ids, logprobs = np.roll(rows.topk_ids, by, axis=0), np.roll(rows.topk_logprobs, by, axis=0)
+    return replace(message, rows=replace(rows, topk_ids=ids, topk_logprobs=logprobs)).encoded()
+
+
+def rows_lse(rng: random.Random, message: Message) -> bytes:
+    row = rng.randrange(len(message.rows.logprobs))
+    changed = message.rows.lse.copy()
+    changed[row, rng.randrange(2)] += rng.choice((-5.0, 20.0, 1e30))
+    return replace(message, rows=replace(message.rows, lse=changed)).encoded()
+
+
+ROWS_CONTENT: dict[str, Bend] = {
+    "not_a_number": rows_not_a_number,
+    "clamped": rows_clamped,
+    "outside": rows_outside,
+    "duplicated": rows_duplicated,
+    "mass": rows_mass,
+    "shifted": rows_shifted,
+    "lse": rows_lse,
+}
+
+
+def bent(rng: random.Random, bend: Bend) -> Fault:
+    """The message, bent on its way."""
+
+    async def write(writer: asyncio.StreamWriter, message: Any) -> bool:
+        await send(writer, bend(rng, message))
+        return True
+
+    return write

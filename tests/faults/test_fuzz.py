@@ -16,6 +16,7 @@ from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Rollout, TeacherScores
 from tests.faults.families import CONTENT, WIRE, edited
 from tests.helpers.stub_server import Fault, PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_shapes import COMPLETIONS
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
 SEEDS = 25
@@ -151,7 +152,7 @@ def test_every_content_family_changes_the_reply(setting: Setting) -> None:
     """Otherwise a family tests nothing."""
     for family, edit in CONTENT.items():
         reply = setting.server._reply(
-            {"prompt": [setting.victim], "prompt_logprobs": 8, "temperature": 1.0}
+            COMPLETIONS, {"prompt": [setting.victim], "prompt_logprobs": 8, "temperature": 1.0}
         )
         before = repr(reply)
         edit(random.Random(0), reply["choices"][0])

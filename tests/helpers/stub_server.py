@@ -1,4 +1,4 @@
-"""A server in vLLM's reply shape whose scores are a pure function of the prefix, with faults.
+"""A server in every reply shape whose scores are a pure function of the prefix, with faults.
 
 It speaks HTTP by hand, so that a fault may write whatever it likes to the socket.
 """
@@ -16,7 +16,30 @@ from typing import Any
 
 import numpy as np
 
+from mopd.serving.scoring import (
+    MODEL_PATH,
+    SCORE_PATH,
+    RequestError,
+    ScoreLimits,
+    join_rows,
+    read_request,
+)
+from mopd.serving.wire import CONTENT_TYPE
 from mopd.tokens.chat import ChatTokenizer
+from tests.helpers.stub_shapes import (
+    COMPLETIONS,
+    GENERATE,
+    SGLANG,
+    TRL,
+    Asked,
+    Message,
+    Said,
+    openai,
+    raw_rows,
+    sglang,
+    trl,
+    vllm,
+)
 
 Scorer = Callable[[Sequence[int]], np.ndarray]  # ids [T] -> [T - 1, V] log-probabilities
 # Writes to the socket; True: the connection is still in order.
@@ -76,6 +99,8 @@ class StubOptions:
     ordered: bool = True  # False: a score depends on the place in the batch
     tempered: bool = False  # True: applies the temperature
     token_ids: bool = True  # echoes the ids, as newer servers do
+    generate: bool = False  # /inference/v1/generate, as with vLLM's --enable-scale-out
+    lists_models: bool = True  # /v1/models
     fault: Callable[[int, dict[str, Any]], Fault | None] = field(default=lambda number, body: None)
 
 
@@ -159,18 +184,39 @@ class StubServer:
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         if self.options.key and headers.get("authorization") != f"Bearer {self.options.key}":
             await send_json(writer, {"error": self.options.refusal}, status=401)
-        elif path == "/health":
+        elif method == "POST" and path == SCORE_PATH:
+            return await self._rows(writer, body, headers)
+        elif method == "POST" and path in (COMPLETIONS, GENERATE, SGLANG, TRL):
+            if path == GENERATE and not self.options.generate:
+                await send_json(writer, {"error": {"message": "disabled"}}, status=403)
+                return True
+            return await self._lists(writer, path, json.loads(body), headers)
+        else:
+            await self._about(writer, path, body)
+        return True
+
+    async def _about(self, writer: asyncio.StreamWriter, path: str, body: bytes) -> None:
+        options = self.options
+        listed = {"id": options.model, "max_model_len": options.max_model_len}
+        answers: dict[str, Callable[[], Any]] = {
+            "/health/": lambda: {"status": "ok"},
+            "/get_model_info": lambda: {"model_path": options.model, "is_generation": True},
+            MODEL_PATH: lambda: {
+                "model": options.model,
+                "vocab_size": self._limits().vocab_size,
+                "max_length": self._limits().max_length,
+            },
+        }
+        if options.lists_models:
+            answers["/v1/models"] = lambda: {"data": [listed]}
+        if path == "/health":
             await send(writer, b"")
-        elif path == "/v1/models":
-            listed = {"id": self.options.model, "max_model_len": self.options.max_model_len}
-            await send_json(writer, {"data": [listed]})
         elif path == "/tokenize":
             await self._tokenize(writer, json.loads(body))
-        elif method == "POST" and path == "/v1/completions":
-            return await self._completions(writer, json.loads(body), headers)
+        elif path in answers:
+            await send_json(writer, answers[path]())
         else:
             await send_json(writer, {"error": "not found"}, status=404)
-        return True
 
     async def _tokenize(self, writer: asyncio.StreamWriter, asked: dict[str, Any]) -> None:
         chat, tokenizer = self.options.chat, self.options.tokenizer
@@ -188,96 +234,132 @@ class StubServer:
             self.tokenized.append(asked)
             await send_json(writer, {"tokens": ids})
 
-    async def _completions(
-        self, writer: asyncio.StreamWriter, request: dict[str, Any], headers: dict[str, str]
+    def _limits(self) -> ScoreLimits:
+        size = self.options.vocab_size or self._scorer([0, 1]).shape[1]
+        return ScoreLimits(vocab_size=size, max_length=self.options.max_model_len - 1)
+
+    async def _rows(
+        self, writer: asyncio.StreamWriter, body: bytes, headers: dict[str, str]
     ) -> bool:
+        """As `mopd serve`: its own reading of requests and its own arrays."""
+        try:
+            request = read_request(body, limits=self._limits())
+        except RequestError as error:
+            await send_json(writer, {"error": {"message": error.message}}, status=error.status)
+            return True
+        parts = []
+        for place, sequence in enumerate(request.sequences):
+            ids = sequence.ids.tolist()
+            logits = self._logprobs(ids, request.temperature, place)[:, : request.vocab_size]
+            parts.append(
+                raw_rows(
+                    logits[sequence.start - 1 :],
+                    ids[sequence.start :],
+                    top_k=request.top_k,
+                    temperature=request.temperature,
+                )
+            )
+        header = request.header(model=self.options.model)
+        message = Message(header=header, rows=join_rows(parts))
+
+        async def answer() -> None:
+            await send(writer, message.encoded(), headers={"Content-Type": CONTENT_TYPE})
+
+        return await self._answer(writer, json.loads(body), headers, message, answer)
+
+    async def _lists(
+        self,
+        writer: asyncio.StreamWriter,
+        path: str,
+        request: dict[str, Any],
+        headers: dict[str, str],
+    ) -> bool:
+        asked = Asked.of(path, request)
+        if problem := self._refusal(asked):
+            self._note(request, headers)
+            # TRL's server raises and does not say what
+            status = 500 if path == TRL else 400
+            await send_json(writer, {"error": {"message": problem}}, status=status)
+            return True
+        reply = self._reply(path, request)
+
+        async def answer() -> None:
+            await send_json(writer, reply)
+
+        return await self._answer(writer, request, headers, reply, answer)
+
+    def _note(self, request: dict[str, Any], headers: dict[str, str]) -> Fault | None:
         self.requests.append(request)
         self.headers.append(headers)
-        fault = self.options.fault(len(self.requests) - 1, request)
-        if problem := self._refusal(request):
-            await send_json(writer, {"error": {"message": problem}}, status=400)
-            return True
+        return self.options.fault(len(self.requests) - 1, request)
+
+    async def _answer(
+        self,
+        writer: asyncio.StreamWriter,
+        request: dict[str, Any],
+        headers: dict[str, str],
+        reply: Any,
+        answer: Callable[[], Awaitable[None]],
+    ) -> bool:
+        fault = self._note(request, headers)
         self.busy += 1
         self.busiest = max(self.busy, self.busiest)
         try:
             await asyncio.sleep(0.001)
-            reply = self._reply(request)
             if fault is not None:
                 return await fault(writer, reply)
-            await send_json(writer, reply)
+            await answer()
         finally:
             self.busy -= 1
         return True
 
-    def _refusal(self, request: Mapping[str, Any]) -> str | None:
+    def _refusal(self, asked: Asked) -> str | None:
         options = self.options
-        k = request.get("prompt_logprobs") or request.get("logprobs") or 0
-        if request["model"] != options.model:
-            return f"the model {request['model']} does not exist"
-        if k > options.max_logprobs:
-            return f"requested {k} logprobs, which is more than {options.max_logprobs}"
-        for ids in request["prompt"]:
+        if asked.model not in (None, options.model):
+            return f"the model {asked.model} does not exist"
+        if asked.k > options.max_logprobs:
+            return f"requested {asked.k} logprobs, which is more than {options.max_logprobs}"
+        for ids in asked.sequences:
             if len(ids) >= options.max_model_len:
                 return "the prompt is too long"
             if options.vocab_size is not None and max(ids) >= options.vocab_size:
                 return "a token id is out of the vocabulary"
         return None
 
-    def _reply(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        shape = self._openai if request.get("echo") else self._vllm
-        choices = [
-            {"index": i, "text": "x", "finish_reason": "length", **shape(ids, request, i)}
-            for i, ids in enumerate(request["prompt"])
+    def _reply(self, path: str, request: Mapping[str, Any]) -> Any:
+        asked, options = Asked.of(path, request), self.options
+        every = [
+            Said(ids=ids, rows=self._logprobs(ids, asked.temperature, place))
+            for place, ids in enumerate(asked.sequences)
         ]
-        return {"id": "cmpl-1", "model": self.options.model, "choices": choices, "usage": {}}
+        if path == TRL:
+            return trl(every, asked)
+        if path == SGLANG:
+            return [
+                sglang(said, k=asked.k, start=start)
+                for said, start in zip(every, asked.starts, strict=True)
+            ]
+        if request.get("echo"):
+            found = [openai(said, k=asked.k, names=options.names) for said in every]
+        else:
+            width, token_ids = options.width, options.token_ids
+            found = [vllm(said, k=asked.k, width=width, token_ids=token_ids) for said in every]
+        if path == GENERATE:
+            return {"request_id": "r", "model": options.model, **found[0]}
+        choices = [
+            {"index": i, "text": "x", "finish_reason": "length", **shape}
+            for i, shape in enumerate(found)
+        ]
+        return {"id": "cmpl-1", "model": options.model, "choices": choices, "usage": {}}
 
-    def _logprobs(self, ids: Sequence[int], request: Mapping[str, Any], place: int) -> np.ndarray:
+    def _logprobs(self, ids: Sequence[int], temperature: float, place: int) -> np.ndarray:
         rows = self._scorer(ids)
         if self.options.tempered:
-            rows = rows / request["temperature"]
+            rows = rows / temperature
             rows = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
         if not self.options.ordered:
             rows = np.roll(rows, place, axis=1)
         return rows
-
-    def _vllm(self, ids: Sequence[int], request: Mapping[str, Any], place: int) -> dict[str, Any]:
-        k = request["prompt_logprobs"]
-        rows = self._logprobs(ids, request, place)
-        shift = 0 if self.options.width is None else self.options.width - rows.shape[1]
-        order = np.argsort(-rows, axis=1, kind="stable")
-        listed: list[Any] = [None]
-        for row, ranked, actual in zip(rows, order, ids[1:], strict=True):
-            rank = int((row > row[actual]).sum()) + 1
-            entries = {str(actual): _entry(row[actual], rank)}
-            for place_, index in enumerate(ranked[:k]):
-                entries.setdefault(str(int(index) + shift), _entry(row[index], place_ + 1))
-            listed.append(entries)
-        found: dict[str, Any] = {"prompt_logprobs": listed}
-        if self.options.token_ids:
-            found["prompt_token_ids"] = list(ids)
-        return found
-
-    def _openai(self, ids: Sequence[int], request: Mapping[str, Any], place: int) -> dict[str, Any]:
-        rows = self._logprobs(ids, request, place)
-        names = self.options.names
-
-        def name(index: int) -> str:
-            return f"token_id:{index}" if names is None else names[index]
-
-        order = np.argsort(-rows, axis=1, kind="stable")[:, : request["logprobs"]]
-        top: list[Any] = [None]
-        for row, ranked, actual in zip(rows, order, ids[1:], strict=True):
-            listed = {name(int(i)): float(row[i]) for i in ranked}
-            listed[name(actual)] = float(row[actual])
-            top.append(listed)
-        actual = [None, *(float(row[i]) for row, i in zip(rows, ids[1:], strict=True))]
-        tokens = [name(i) for i in ids]
-        said = {"tokens": tokens, "token_logprobs": actual, "top_logprobs": top}
-        return {"logprobs": said}
-
-
-def _entry(logprob: float, rank: int) -> dict[str, Any]:
-    return {"logprob": float(logprob), "rank": rank, "decoded_token": "\u00e9x"}
 
 
 async def send_json(writer: asyncio.StreamWriter, value: Any, *, status: int = 200) -> None:

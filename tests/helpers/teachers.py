@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mopd.config.backends import TeacherBackendSection
+from mopd.config.schema import PrivilegedSection
 from mopd.rollout.base import make_rollout
+from mopd.runtime.teachers import protocols
 from mopd.serving.endpoint import Endpoint, EndpointOptions
 from mopd.serving.generation import Generated
 from mopd.serving.replicas import Replicas, RetryOptions
-from mopd.serving.reply import Shape
-from mopd.teachers.remote import RemoteOptions, RemoteTeacher, names_of
+from mopd.teachers.remote import RemoteOptions, RemoteTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout
 
@@ -43,17 +45,19 @@ def remote_teacher(
     *,
     tokenizer: ChatTokenizer,
     student: ChatTokenizer,
-    top_k: int = 8,
-    shape: Shape = "vllm",
+    top_k: int | None = 8,
+    shape: str = "vllm",
     tolerance: float = 1e-3,
     endpoint: dict | None = None,
     retry: dict | None = None,
     canary_interval: int = 0,
+    wire: str = "fp32",
+    privileged: PrivilegedSection | None = None,
 ) -> RemoteTeacher:
-    """A teacher called sort; short deadlines."""
-    names = names_of(tokenizer) if shape == "openai" else {}
-    settings = {"deadline_s": 20.0, "max_outstanding": 4, "start_s": 5.0, "names": names}
-    options = EndpointOptions(shape=shape, **(settings | (endpoint or {})))
+    """A teacher called sort; short deadlines. ``shape`` is a backend type."""
+    backend = TeacherBackendSection.model_validate({"type": shape, "wire": wire})
+    settings = {"deadline_s": 20.0, "max_outstanding": 4, "start_s": 5.0} | (endpoint or {})
+    options = EndpointOptions(**({"protocols": protocols(backend, tokenizer)} | settings))
     again = {"max_retries": 2, "restart_budget_s": 0.0, "pause_s": 0.01} | (retry or {})
     replicas = Replicas(
         "sort",
@@ -66,5 +70,10 @@ def remote_teacher(
         replicas,
         tokenizer=tokenizer,
         student=student,
-        options=RemoteOptions(top_k=top_k, tolerance=tolerance, canary_interval=canary_interval),
+        options=RemoteOptions(
+            top_k=top_k,
+            tolerance=tolerance,
+            canary_interval=canary_interval,
+            privileged=privileged,
+        ),
     )

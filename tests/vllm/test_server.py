@@ -13,7 +13,7 @@ from mopd.demo import World
 from mopd.rollout.base import make_rollout
 from mopd.serving.generation import Generated
 from mopd.teachers.base import teacher_input
-from mopd.teachers.hf import HfTeacher
+from mopd.teachers.hf import HfOptions, HfTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, TeacherScores
 from tests.helpers.vllm_server import MAX_LOGPROBS, MAX_MODEL_LEN, MODEL_NAME, VllmServer
@@ -36,9 +36,7 @@ def scored(tiny_world: World) -> list[tuple[list[int], TeacherScores]]:
         tokenizer=ChatTokenizer.load(path),
         student=student,
         device=torch.device("cpu"),
-        top_k=TOP_K,
-        temperature=2.0,
-        batch_size=4,
+        options=HfOptions(top_k=TOP_K, temperature=2.0, batch_size=4),
     )
     rollouts = []
     for number, response in enumerate(RESPONSES):

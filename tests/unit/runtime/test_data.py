@@ -83,6 +83,63 @@ def test_line_separators_inside_a_string_are_text(tmp_path: Path, character: str
     assert prompt.messages[0]["content"] == content
 
 
+def knowing(top_k: int | None = 8, **privileged: Any) -> Router:
+    teachers = {
+        "math": TeacherSection.model_validate({"domains": ("math",), "privileged": privileged}),
+        "all": TeacherSection(),
+        "off": TeacherSection.model_validate({"weight": 0, "privileged": {"field": "nowhere"}}),
+    }
+    return Router(teachers, DistillationSection(top_k=top_k))
+
+
+def read_one(tmp_path: Path, one: dict[str, Any], router_: Router) -> Prompt:
+    path = write(tmp_path / "d.jsonl", one)
+    (prompt,) = read_prompts(path, router=router_, teacher_key="domain")
+    return prompt
+
+
+def test_only_named_fields_are_read_and_only_where_their_teacher_judges(tmp_path: Path) -> None:
+    router_ = knowing(field="hint")
+    prompt = read_one(tmp_path, row(hint="1 2", secret="x"), router_)
+    assert prompt.private == {"hint": "1 2"} and prompt.top_k is None
+    assert read_one(tmp_path, row(domain="law"), router_).private == {}
+    assert read_one(tmp_path, row(hint=""), router_).private == {"hint": ""}
+
+
+@pytest.mark.parametrize("value", [None, 3, ["a"]])
+def test_a_private_field_must_be_a_string(tmp_path: Path, value: Any) -> None:
+    bad = row() if value is None else row(hint=value)
+    message = r"d\.jsonl:1: teachers\.math\.privileged\.field='hint' must be a string.*add it"
+    with pytest.raises(ConfigError, match=message):
+        read_one(tmp_path, bad, knowing(field="hint"))
+
+
+@pytest.mark.parametrize("keys", [{"prefix": "P"}, {"field": "hint"}])
+def test_a_text_before_a_user_message_needs_one(tmp_path: Path, keys: dict[str, str]) -> None:
+    bad = row(messages=[{"role": "system", "content": "s"}], hint="h")
+    with pytest.raises(ConfigError, match=r"d\.jsonl:1: no user message.*privileged\.system"):
+        read_one(tmp_path, bad, knowing(**keys))
+    assert read_one(tmp_path, bad, knowing(system="S")).private == {}
+
+
+def test_a_row_may_have_its_own_top_k(tmp_path: Path) -> None:
+    for value in (1, 8):
+        assert read_one(tmp_path, row(top_k=value), knowing()).top_k == value
+    assert read_one(tmp_path, row(top_k=None), knowing(top_k=None)).top_k is None
+
+
+@pytest.mark.parametrize("value", [0, 9, -1, 2.0, "4", True])
+def test_a_top_k_beyond_the_recipes_is_refused(tmp_path: Path, value: Any) -> None:
+    message = r"d\.jsonl:1: 'top_k' must be an integer from 1 to distillation\.top_k=8"
+    with pytest.raises(ConfigError, match=message):
+        read_one(tmp_path, row(top_k=value), knowing())
+
+
+def test_a_top_k_of_whole_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"d\.jsonl:1: 'top_k' cuts lists.*give distillation"):
+        read_one(tmp_path, row(top_k=4), knowing(top_k=None))
+
+
 def test_routing() -> None:
     everyone = router(math=("math",), all=())
     assert everyone.route("math", "x") == ("math", "all")

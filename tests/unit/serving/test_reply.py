@@ -17,6 +17,7 @@ from mopd.serving.reply import (
     decode_vllm,
     token_names,
 )
+from mopd.serving.scoring import ScoredSequence
 
 
 def vllm(*prompts: list[Any], **extra: Any) -> bytes:
@@ -127,6 +128,10 @@ def test_openai_lists_of_different_lengths_are_refused() -> None:
         decode_openai(openai(["a", "b"], [None], [None, {}]), 1, names={})
 
 
+def whole_of(ids: list[int], start: int = 1) -> ScoredSequence:
+    return ScoredSequence(ids=np.array(ids), start=start)
+
+
 def test_sglang_triples() -> None:
     meta = {
         "input_token_logprobs": [[None, 5, None], [-3.0, 6, "x"], [-0.5, 7, None]],
@@ -135,9 +140,9 @@ def test_sglang_triples() -> None:
     }
     body = json.dumps({"text": "", "meta_info": meta}).encode()
     for whole in (body, b"[" + body + b"]"):
-        found = decode_sglang(whole, 1)
+        found = decode_sglang(whole, [whole_of([5, 6, 7])])
         assert rows(found) == [[], [(8, -0.5), (9, -1.0), (6, -3.0)], [(7, -0.5)]]
         echoed = found.prompts[0].echoed
         assert echoed is not None and echoed.tolist() == [5, 6, 7]
-    with pytest.raises(ValueError, match="2 prompts"):
-        decode_sglang(body, 2)
+    with pytest.raises(ValueError, match="2 sequences"):
+        decode_sglang(body, [whole_of([5, 6, 7])] * 2)

@@ -18,7 +18,10 @@ from mopd.types import Rollout, TeacherScores
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """``reference(ids)`` [T - 1, V]: log-probabilities of the same model; None: not compared."""
+    """``reference(ids)`` [T - 1, V]: log-probabilities of the same model; None: not compared.
+
+    ``same``: a teacher whose numbers are the same, with log-sum-exps where this one sends them.
+    """
 
     teacher: Teacher
     student: ChatTokenizer
@@ -26,6 +29,7 @@ class Case:
     top_k: int
     tolerance: float
     reference: Callable[[Sequence[int]], np.ndarray] | None = None
+    same: Teacher | None = None
 
 
 def check_teacher(case: Case) -> None:
@@ -37,6 +41,9 @@ def check_teacher(case: Case) -> None:
         check_numbers(case, scores)
         if case.reference is not None:
             check_reference(case, rollout, scores)
+    if case.same is not None:
+        for one, two in zip(found, case.same.score(case.rollouts), strict=True):
+            check_same(case, one, two)
     check_repeatable(case, found)
 
 
@@ -86,6 +93,20 @@ def check_reference(case: Case, rollout: Rollout, scores: TeacherScores) -> None
     assert scores.topk_logprobs == pytest.approx(listed, abs=case.tolerance)
     tail = 1.0 - np.exp(listed.astype(np.float64)).sum(axis=1)
     assert np.exp(scores.log_tail) == pytest.approx(tail, abs=max(case.tolerance, 1e-5))
+
+
+def check_same(case: Case, one: TeacherScores, two: TeacherScores) -> None:
+    """Every number; of tokens closer than the tolerance, either may come first."""
+    assert one.topk_ids is not None and two.topk_ids is not None
+    assert one.token_ids.tolist() == two.token_ids.tolist()
+    assert one.logprobs == pytest.approx(two.logprobs, abs=case.tolerance)
+    assert one.topk_logprobs == pytest.approx(two.topk_logprobs, abs=case.tolerance)
+    assert np.exp(one.log_tail) == pytest.approx(np.exp(two.log_tail), abs=case.tolerance)
+    assert (one.topk_ids == two.topk_ids).mean() > 0.98
+    if one.lse is not None:
+        assert one.lse == pytest.approx(two.lse, abs=case.tolerance)
+        assert one.log_tail == pytest.approx(two.log_tail, abs=case.tolerance)
+        assert one.model_fingerprint == two.model_fingerprint
 
 
 def check_repeatable(case: Case, found: Sequence[TeacherScores]) -> None:

@@ -11,7 +11,7 @@ from mopd.rollout.base import make_rollout
 from mopd.serving.generation import Generated
 from mopd.serving.models import load_causal_lm
 from mopd.teachers.base import teacher_input
-from mopd.teachers.hf import HfTeacher
+from mopd.teachers.hf import HfOptions, HfTeacher
 from mopd.teachers.pool import TeacherPool
 from mopd.teachers.uniform import UniformTeacher
 from mopd.tokens.chat import ChatTokenizer
@@ -41,9 +41,7 @@ def make_teacher(
         tokenizer=ChatTokenizer.load(path),
         student=student,
         device=CPU,
-        top_k=top_k,
-        temperature=TAU,
-        batch_size=batch_size,
+        options=HfOptions(top_k=top_k, temperature=TAU, batch_size=batch_size),
     )
 
 

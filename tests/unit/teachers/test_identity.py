@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from mopd.config.backends import TeacherBackendSection
 from mopd.demo import World
 from mopd.errors import TeacherError
+from mopd.runtime.teachers import protocols
 from mopd.serving.endpoint import Endpoint, EndpointOptions
 from mopd.serving.http import RetryableError
-from mopd.serving.reply import Shape
 from mopd.teachers import identity
 from mopd.teachers.identity import CHATS, Identity
 from mopd.tokens.chat import ChatTokenizer
@@ -50,12 +51,13 @@ def its(tiny_world: World) -> Tokenizer:
 
 
 def check(
-    tokenizer: ChatTokenizer, server: StubServer, *, whole: bool = True, shape: Shape = "vllm"
+    tokenizer: ChatTokenizer, server: StubServer, *, whole: bool = True, shape: str = "vllm"
 ) -> list[Any]:
     """What the server was asked and answered, texts or the number of messages."""
 
     async def ask() -> None:
-        options = EndpointOptions(shape=shape, deadline_s=20.0, max_outstanding=2, start_s=5.0)
+        spoken = protocols(TeacherBackendSection.model_validate({"type": shape}), tokenizer)
+        options = EndpointOptions(protocols=spoken, deadline_s=20.0, max_outstanding=2, start_s=5.0)
         endpoint = Endpoint(server.url, options)
         found = Identity("sort", tokenizer)
         found.__dict__["_texts"] = TEXTS
