@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
 from mopd.config.check_losses import check_losses
+from mopd.config.check_servers import check_started, is_started
 from mopd.config.keys import printable
 from mopd.config.model_shape import check_layout, read_model_config
 from mopd.config.schema import RunConfig
@@ -33,6 +34,7 @@ def check_config(config: RunConfig, *, world_size: int) -> None:
     problems = chain(
         _teachers(config),
         _backends(config),
+        check_started(config),
         check_losses(config),
         _schedule(config),
         _paths(config),
@@ -102,7 +104,7 @@ def _servers(prefix: str, backend: TeacherBackendSection, config: RunConfig) -> 
                 kinds = " or ".join(SERVER_TYPES)
                 yield f"{prefix}.{key}: is only read by type={kinds}; set one of them"
         return
-    if not backend.urls:
+    if not backend.urls and not is_started(backend):
         yield f"{prefix}.urls: is empty; add a server, as in [http://127.0.0.1:8000]"
     if len(set(backend.urls)) < len(backend.urls):
         yield f"{prefix}.urls: lists a server twice; give each replica once"
@@ -147,7 +149,7 @@ def _paths(config: RunConfig) -> Iterator[str]:
     yield from _tokenizer_dir(tokenizer_key, student.tokenizer or student.model)
     for name, teacher in config.teachers.items():
         key = f"teachers.{name}"
-        if teacher.backend.type == "hf":
+        if teacher.backend.type == "hf" or is_started(teacher.backend):
             yield from _model_dir(f"{key}.model", teacher.model)
         tokenizer_key = f"{key}.tokenizer" if teacher.tokenizer else f"{key}.model"
         yield from _tokenizer_dir(tokenizer_key, teacher.tokenizer or teacher.model)

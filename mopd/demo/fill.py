@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from mopd.config.check_servers import STARTED_TYPES
 from mopd.config.load import RECIPES
 from mopd.demo.build import ensure_peer, ensure_world
 from mopd.demo.spec import PEER, TEACHERS, World, WorldSpec
@@ -46,6 +47,8 @@ class WorldFill:
             of_loss = RECIPES / f"world_{loss}.yaml"
             layers.append(OmegaConf.load(RECIPES / "world.yaml"))
             layers += [OmegaConf.load(of_loss)] if of_loss.exists() else []
+            if _starts_servers(recipe):
+                layers.append(OmegaConf.load(RECIPES / "world_vllm.yaml"))
             layers.append(OmegaConf.create({"student": {"model": str(world.student)}}))
         if "data.path" in open_keys:
             paths = {"path": str(world.data), "heldout_path": str(world.heldout)}
@@ -65,6 +68,16 @@ class WorldFill:
         if name == PEER:
             return {"model": str(ensure_peer(world, progress=self._announce))}
         return {"model": str(world.teachers[name]), "domains": [name]}
+
+
+def _starts_servers(recipe: DictConfig) -> bool:
+    backends = [OmegaConf.select(recipe, "rollout.backend")]
+    for teacher in (OmegaConf.select(recipe, "teachers") or {}).values():
+        backends.append(teacher.get("backend"))
+    return any(
+        backend is not None and backend.get("type") in STARTED_TYPES and not backend.get("urls")
+        for backend in backends
+    )
 
 
 def _refuse_missing(recipe: DictConfig) -> None:

@@ -33,6 +33,7 @@ from mopd.runtime.payloads import (
     pairs,
     projection_options,
 )
+from mopd.runtime.servers import Servers
 from mopd.runtime.teachers import build_pool, custom
 from mopd.student.model import StudentModel, build_student
 from mopd.student.optim import build_optimizer
@@ -61,6 +62,7 @@ class Run:
     feed: Feed | None
     heldout: list[Prompt]
     spans: Spans
+    servers: Servers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,15 @@ def build_run(config: RunConfig) -> Run:
     Raises:
         ConfigError: before any model is loaded where the data or a tokenizer is wrong.
     """
+    servers = Servers(config)
+    try:
+        return _build_run(config, servers)
+    except BaseException:
+        servers.close()
+        raise
+
+
+def _build_run(config: RunConfig, servers: Servers) -> Run:
     backend = get_device(config.run.device)
     torch.set_num_threads(config.run.threads or _threads_per_rank(config))
     router = Router(config.teachers, config.distillation)
@@ -83,6 +94,8 @@ def build_run(config: RunConfig) -> Run:
     heldout = _read(config, config.data.heldout_path, router) if config.data.heldout_path else []
     tokenizers = _load_tokenizers(config)
     _check_tokenizers(config, tokenizers)
+    directory = Path(config.run.dir) / config.run.name
+    servers.start(directory, device=backend.name)  # they load while the student is built
 
     topology = initialize(config.student.parallel, backend=backend, seed=config.run.seed)
     found = _pairs(config, tokenizers, topology)
@@ -90,7 +103,7 @@ def build_run(config: RunConfig) -> Run:
         config.student.model, topology=topology, dtype=DTYPES[config.student.dtype]
     )
     student = _student(config, model, tokenizers, found)
-    directory = Path(config.run.dir) / config.run.name
+    config = servers.reach()
     sampler = pool = feed = None
     spans = Spans()
     if topology.is_lead:
@@ -119,6 +132,7 @@ def build_run(config: RunConfig) -> Run:
         feed=feed,
         heldout=heldout,
         spans=spans,
+        servers=servers,
     )
 
 

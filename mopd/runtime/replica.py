@@ -26,6 +26,15 @@ def from_lead(topology: Topology, value: T | None) -> T:
     return value
 
 
+def from_main(value: T | None) -> T:
+    """Rank 0's ``value`` on every rank of the job."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    assert box[0] is not None
+    return box[0]
+
+
 def sum_over_leads(topology: Topology, values: np.ndarray) -> np.ndarray:
     """Sum of float64 vectors over the same place of every replica."""
     return _reduced(topology, np.asarray(values, dtype=np.float64), dist.ReduceOp.SUM)

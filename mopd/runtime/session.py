@@ -17,6 +17,7 @@ from mopd.metrics.sinks import JsonlSink, MultiSink, Sink, TensorBoardSink
 from mopd.metrics.summary import Summary, print_summary, write_summary
 from mopd.runtime.build import build_run
 from mopd.runtime.loop import refuse_if_not_learned, train
+from mopd.runtime.servers import is_failed_start
 from mopd.student.parallel import shutdown
 
 # Keys that may differ when a run is continued: they change nothing that is computed.
@@ -58,6 +59,7 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
             run.feed.close()
         if run.pool is not None:
             run.pool.close()
+        run.servers.close()
         sink.close()
         shutdown()
     if is_main:
@@ -76,7 +78,7 @@ def clear_directory(directory: Path, config: RunConfig) -> None:
     """Refuses a run with other settings, or removes it with ``run.overwrite``."""
     path = directory / "config.yaml"
     if config.run.overwrite and directory.exists():
-        if any(directory.iterdir()) and not path.exists():
+        if not path.exists() and not is_failed_start(directory):
             raise ConfigError(f"{directory} is not a run, so run.overwrite leaves it; use another")
         shutil.rmtree(directory)
     if path.exists():

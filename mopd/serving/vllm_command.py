@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` wants a distribution called vllm
@@ -20,6 +23,34 @@ SMALL_CPU = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
+# Which accelerators a process sees.
+VISIBLE_DEVICES = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
+# The place of a rank among others: a server that reads them would look for those others.
+RANK_VARIABLE = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """What one server serves, and how.
+
+    Args:
+        max_logprobs: the cap of a request's log-probabilities; None leaves vLLM's own.
+        processed_logprobs: sampled tokens get their log-probability at the sampling temperature.
+        dtype: as vLLM's `--dtype`; None leaves vLLM's own choice.
+        is_small: no compilation, for a model on a few cores.
+        more: words of the user; the last one wins.
+    """
+
+    model: Path
+    tokenizer: str | None
+    name: str
+    max_logprobs: int | None
+    processed_logprobs: bool
+    dtype: str | None
+    is_small: bool
+    more: tuple[str, ...]
 
 
 def server_words(
@@ -40,3 +71,43 @@ def server_environment(base: Mapping[str, str], *, token: str | None) -> dict[st
     if token is not None:
         environment |= {TOKEN_VARIABLE: token, "VLLM_API_KEY": token}
     return environment
+
+
+def started_words(served: ServedModel, *, port: int) -> list[str]:
+    """Words behind the interpreter for a server that mopd starts itself, on the loopback."""
+    words = ["--served-model-name", served.name]
+    if served.tokenizer is not None:
+        words += ["--tokenizer", served.tokenizer]
+    if served.max_logprobs is not None:
+        words += ["--max-logprobs", str(served.max_logprobs)]
+    if served.processed_logprobs:
+        words += ["--logprobs-mode", "processed_logprobs"]
+    if served.dtype is not None:
+        words += ["--dtype", served.dtype]
+    if served.is_small:
+        words += ["--enforce-eager"]
+    return server_words(
+        served.model,
+        host="127.0.0.1",
+        port=port,
+        more=[*words, *served.more],
+        scoring=True,
+    )
+
+
+def started_environment(
+    base: Mapping[str, str], *, token: str, imports: Path, device: str, devices: str | None
+) -> dict[str, str]:
+    """``base`` without the trainer's rank; values that the user set himself win over `SMALL_CPU`.
+
+    Args:
+        imports: a folder that holds mopd and nothing else, ahead on the interpreter's path.
+        device: cpu, cuda or npu; ``devices`` of it that the server may use, None for all.
+    """
+    kept = {name: value for name, value in base.items() if not RANK_VARIABLE.fullmatch(name)}
+    path = [str(imports), *filter(None, [kept.get("PYTHONPATH")])]
+    environment = {**(SMALL_CPU if device == "cpu" else {}), **kept}
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    if devices is not None:
+        environment[VISIBLE_DEVICES.get(device, VISIBLE_DEVICES["cuda"])] = devices
+    return server_environment(environment, token=token)

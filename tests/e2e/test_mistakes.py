@@ -44,7 +44,7 @@ def test_a_wrong_key_or_type_costs_no_world(override: str, expected: str, tmp_pa
 
 
 def test_an_unknown_recipe_lists_what_there_is() -> None:
-    assert "mopd_ctkd, mopd_gold, mopd_kl" in complaint("mopd_ctk", [])
+    assert "mopd_ctkd, mopd_ctkd_vllm, mopd_gold, mopd_kl" in complaint("mopd_ctk", [])
 
 
 @pytest.mark.parametrize(

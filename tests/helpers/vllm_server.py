@@ -20,11 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
+from mopd.serving import guard
 from mopd.serving.vllm_command import SMALL_CPU, server_environment, server_words
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = Path(os.environ.get("MOPD_VLLM_VENV", ROOT / ".venv-vllm"))
-GUARD = Path(__file__).with_name("guard.py")
 MODEL_NAME = "tiny"
 MAX_LOGPROBS = 64
 MAX_MODEL_LEN = 256  # what the embedded world's models know positions for
@@ -101,7 +101,7 @@ def run_vllm_server(
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, str(GUARD), str(vllm_python()), *words],
+            [sys.executable, "-I", guard.__file__, str(vllm_python()), *words],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mopd.config.check import _backends
+from mopd.config.backends import ServerSection
+from mopd.config.check import _backends, _paths
 from mopd.config.check_losses import check_losses
+from mopd.config.check_servers import check_started, device_shares, is_started
 from mopd.config.schema import RunConfig
 
 URL = "http://127.0.0.1:8000"
@@ -15,7 +18,8 @@ URL = "http://127.0.0.1:8000"
 
 def problems(backend: dict[str, Any], **sections: Any) -> list[str]:
     teacher = {"model": "x", "backend": backend}
-    return list(_backends(RunConfig.model_validate({"teachers": {"a": teacher}} | sections)))
+    config = RunConfig.model_validate({"teachers": {"a": teacher}} | sections)
+    return [*_backends(config), *check_started(config)]
 
 
 @pytest.mark.parametrize("kind", ["vllm", "mopd", "openai", "sglang", "trl"])
@@ -26,7 +30,24 @@ def test_a_server_is_enough(kind: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "sections", "message"),
     [
-        ({"type": "vllm"}, {}, "backend.urls: is empty"),
+        ({"type": "openai"}, {}, "backend.urls: is empty"),
+        (
+            {"type": "vllm", "urls": [URL], "server": {"replicas": 2}},
+            {},
+            "backend.server.replicas: is only read where mopd starts the server itself: type=vllm",
+        ),
+        ({"type": "hf", "server": {"args": ["--x"]}}, {}, "server.args: is only read where"),
+        (
+            {"type": "vllm", "server": {"devices": "0,1,2", "replicas": 2}},
+            {},
+            "server.devices: 3 cannot be shared evenly by 2 replicas",
+        ),
+        ({"type": "vllm", "api_key_env": "PATH"}, {}, "get a key of their own; set it to null"),
+        (
+            {"type": "vllm", "server": {"args": ["--max-model-len=9", "--api_key=x"]}},
+            {},
+            "server.args: --api-key is written by mopd itself",
+        ),
         ({"type": "vllm", "urls": [URL, URL]}, {}, "lists a server twice"),
         ({"type": "vllm", "urls": ["ftp://x"]}, {}, "must begin with http"),
         ({"type": "hf", "urls": [URL]}, {}, "urls: is only read by type=vllm or mopd or openai"),
@@ -52,6 +73,48 @@ def test_a_server_is_enough(kind: str) -> None:
 def test_mistakes(backend: dict[str, Any], sections: dict[str, Any], message: str) -> None:
     (found,) = problems(backend, **sections)
     assert message in found
+
+
+@pytest.mark.parametrize("kind", ["vllm", "mopd"])
+def test_without_urls_mopd_starts_the_server_of_a_model_that_is_there(
+    kind: str, tmp_path: Path
+) -> None:
+    assert problems({"type": kind, "server": {"args": ["--dtype", "bfloat16"]}}) == []
+    found = []
+    for model in (None, "nowhere", str(tmp_path)):
+        teacher = {"model": model, "tokenizer": str(tmp_path), "backend": {"type": kind}}
+        config = RunConfig.model_validate({"teachers": {"a": teacher}})
+        found += [line for line in _paths(config) if line.startswith("teachers.a.model")]
+    first, second, third = found
+    assert "is not set" in first and "not a directory" in second and "no config.json" in third
+
+
+def test_a_sampler_is_started_in_server_mode_only() -> None:
+    rollouts = [
+        RunConfig.model_validate({"rollout": {"backend": {"type": "vllm"} | keys}}).rollout.backend
+        for keys in ({}, {"mode": "colocate"}, {"urls": [URL]})
+    ]
+    assert [is_started(backend) for backend in rollouts] == [True, False, False]
+    config = RunConfig.model_validate(
+        {"rollout": {"backend": {"type": "hf", "server": {"max_restarts": 0}}}}
+    )
+    (found,) = check_started(config)
+    assert found.startswith("rollout.backend.server.max_restarts: is only read")
+
+
+@pytest.mark.parametrize(
+    ("devices", "replicas", "shares"),
+    [
+        (None, 2, [None, None]),
+        ("3", 2, ["3", "3"]),
+        ("0,1,2,3", 2, ["0,1", "2,3"]),
+        ("0,1", 1, ["0,1"]),
+    ],
+)
+def test_replicas_share_the_devices(
+    devices: str | None, replicas: int, shares: list[str | None]
+) -> None:
+    assert device_shares(ServerSection(devices=devices, replicas=replicas)) == shares
 
 
 def test_neither_a_password_nor_a_key_is_repeated() -> None:

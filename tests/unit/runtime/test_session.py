@@ -83,6 +83,26 @@ def test_overwrite_does_not_delete_what_is_no_run(tmp_path: Path) -> None:
     assert (tmp_path / "r" / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize(
+    ("left", "is_kept"),
+    [("teachers.a-0.log", False), ("python", False), ("thesis.tex", True), (None, True)],
+)
+def test_overwrite_removes_what_a_failed_start_of_servers_left(
+    tmp_path: Path, left: str | None, is_kept: bool
+) -> None:
+    folder = tmp_path / "r" / "servers"
+    folder.mkdir(parents=True)
+    (folder / (left or "x.log")).touch()
+    if left is None:
+        (tmp_path / "r" / "beside.log").touch()
+    if is_kept:
+        with pytest.raises(ConfigError):
+            prepare(tmp_path, run={"overwrite": True})
+    else:
+        prepare(tmp_path, run={"overwrite": True})
+    assert folder.exists() == is_kept
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = prepare(tmp_path)
     (run / "summary.json").write_text('{"learned": true}')

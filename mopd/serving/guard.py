@@ -1,7 +1,8 @@
 """Runs a command in a process group that ends with whoever started it.
 
-`python guard.py WORDS...` with a pipe as its standard input: when the pipe closes, also because the
-writer was killed, the whole group of the command is ended. Standard library only.
+`python -I guard.py WORDS...` with a pipe as its standard input: when the pipe closes, also because
+the writer was killed, the whole group of the command is ended. Standard library only, and run as a
+file: this folder must stay off its path, for the names that it shares with the library.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ GRACE_SECONDS = 10.0
 
 
 def main(words: list[str]) -> int:
+    """The command's exit code, as shells write it: 128 + n for signal n."""
+    starter = os.getppid()
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides
@@ -27,9 +30,12 @@ def main(words: list[str]) -> int:
             readable, _, _ = select.select([0], [], [], 0.2)
             if readable and not os.read(0, 4096):
                 break
+            if os.getppid() != starter:  # a fork of it may still hold the pipe
+                break
     finally:
         _end_group(process)
-    return process.returncode
+    code = process.returncode
+    return code if code >= 0 else 128 - code
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

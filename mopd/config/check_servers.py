@@ -1,0 +1,62 @@
+"""Servers that mopd starts itself: who has them, and the keys that go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mopd.config.backends import RolloutBackendSection, ServerSection, TeacherBackendSection
+from mopd.config.schema import RunConfig
+
+STARTED_TYPES = ("vllm", "mopd")
+# Words that mopd writes itself, by their beginning: vLLM takes `--host=x` too.
+OWN_WORDS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key")
+
+
+def is_started(backend: TeacherBackendSection | RolloutBackendSection) -> bool:
+    """Whether mopd starts this section's servers."""
+    mode = backend.mode if isinstance(backend, RolloutBackendSection) else "server"
+    return backend.type in STARTED_TYPES and mode == "server" and not backend.urls
+
+
+def device_shares(server: ServerSection) -> list[str | None]:
+    """The devices of each replica: an even share, or all of them the only one."""
+    if server.devices is None:
+        return [None] * server.replicas
+    names = server.devices.split(",")
+    size = max(1, len(names) // server.replicas)
+    starts = [i * size if len(names) > 1 else 0 for i in range(server.replicas)]
+    return [",".join(names[start : start + size]) for start in starts]
+
+
+def check_started(config: RunConfig) -> Iterator[str]:
+    """One line per mistake: the key, what is wrong, the remedy."""
+    yield from _section("rollout.backend", config.rollout.backend)
+    for name, teacher in config.teachers.items():
+        yield from _section(f"teachers.{name}.backend", teacher.backend)
+
+
+def _section(prefix: str, backend: TeacherBackendSection | RolloutBackendSection) -> Iterator[str]:
+    server, default = backend.server, ServerSection()
+    if not is_started(backend):
+        for key in ServerSection.model_fields:
+            if getattr(server, key) != getattr(default, key):
+                yield (
+                    f"{prefix}.server.{key}: is only read where mopd starts the server itself: "
+                    f"type={' or '.join(STARTED_TYPES)} without urls; leave one of them out"
+                )
+        return
+    if backend.api_key_env is not None:
+        yield (
+            f"{prefix}.api_key_env: servers that mopd starts get a key of their own; set it to "
+            "null, or give urls"
+        )
+    count = len((server.devices or "").split(","))
+    if count > 1 and count % server.replicas:
+        yield (
+            f"{prefix}.server.devices: {count} cannot be shared evenly by {server.replicas} "
+            "replicas; name one, or a multiple of that"
+        )
+    for word in server.args:
+        name = word.partition("=")[0].replace("_", "-")
+        if name in OWN_WORDS:
+            yield f"{prefix}.server.args: {name} is written by mopd itself; leave it out"

@@ -1,0 +1,104 @@
+"""A server that starts in a moment, in place of vLLM: its launcher does not care what it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.helpers.runs import ROOT
+
+# Run with vLLM's words. Tells of each start in a line of the file that its own path names, brings
+# a process along as vLLM brings its engine, and serves /health; `--fail TEXT` and `--slow` do not.
+SCRIPT = """#!{python}
+import http.server, json, os, subprocess, sys, time
+
+words = sys.argv[1:]
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+with open(__file__ + ".starts", "a") as file:
+    told = {{"pid": os.getpid(), "child": child.pid, "words": words, "env": dict(os.environ)}}
+    file.write(json.dumps(told) + "\\n")
+if "--fail" in words:
+    print("(APIServer pid=7) ERROR 11-22 06:12:38 [core.py:1] ValueError: too", "large")
+    print("usage: nothing that helps [--level {{error,info}}]", flush=True)
+    sys.exit(3)
+if "--slow" in words:
+    time.sleep(120)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+port = int(words[words.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+# The same with scores: the stub server around the model that the words name.
+TEACHER = """#!{python}
+import json, os, sys, time
+
+sys.path.insert(0, {root!r})
+words = sys.argv[1:]
+with open(__file__ + ".starts", "a") as file:
+    file.write(json.dumps({{"pid": os.getpid(), "child": os.getpid(), "words": words}}) + "\\n")
+
+from mopd.tokens.chat import ChatTokenizer
+from tests.helpers.stub_server import ModelScorer, StubOptions, StubServer
+
+model = words[words.index("--model") + 1]
+size = ChatTokenizer.load(model).vocabulary.size
+port = int(words[words.index("--port") + 1])
+options = StubOptions(key=os.environ["VLLM_API_KEY"])
+with StubServer(ModelScorer(model, vocab_size=size), options, port=port):
+    time.sleep(300)
+"""
+
+
+def small_server(directory: Path, *, script: str = SCRIPT) -> Path:
+    """What takes an interpreter's place in a recipe."""
+    path = directory / "python-with-vllm"
+    path.write_text(script.format(python=sys.executable, root=str(ROOT)))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def starts(server: Path) -> list[dict[str, Any]]:
+    """One for each start so far: pid, child, words, env."""
+    path = Path(f"{server}.starts")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until(what: Any, *, seconds: float = 20.0) -> None:
+    """Waits for a condition without arguments to hold."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
+
+
+def left_over(server: Path) -> list[int]:
+    """Processes of this server that still run."""
+    return [one[key] for one in starts(server) for key in ("pid", "child") if not is_gone(one[key])]
+
+
+def kill_group(pid: int) -> None:
+    os.killpg(os.getpgid(pid), 9)
