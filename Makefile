@@ -12,7 +12,7 @@ SOURCES := mopd tests $(wildcard launch)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm try-vllm train test test-fast bench lint types format clean
+.PHONY: help setup setup-vllm try-vllm train test test-fast soak bench lint types format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ test: lint types try-vllm ## lint, format check, type check and every test
 
 test-fast: setup ## unit tests that are not marked slow
 	$(BIN)/python -m pytest tests/unit -m "not slow"
+
+# SOAK_STEPS=2000 makes it longer; each run is also made once undisturbed, to compare.
+soak: setup ## 200 steps with servers killed and hung under way, against a clean run (minutes)
+	$(BIN)/python -m pytest tests/soak --timeout 7200 -rP
 
 bench: setup ## speed, memory and error of the losses: bench.json
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Everything the loop needs. ``sampler``, ``pool`` and ``feed`` exist on lead ranks only."""
+    """Everything the loop needs. ``sampler``, ``pool`` and ``feed`` exist on lead ranks only.
+
+    ``finished`` is called after every step and every domain of an evaluation.
+    """
 
     config: RunConfig
     directory: Path
@@ -63,6 +66,7 @@ class Run:
     heldout: list[Prompt]
     spans: Spans
     servers: Servers
+    finished: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,8 +32,12 @@ def student_scores(
     tokenizer: ChatTokenizer,
     share: tuple[int, int],
     sum_over_replicas: Callable[[np.ndarray], np.ndarray],
+    finished: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Exact match and canonical share per domain; each replica answers every ``size``-th prompt."""
+    """Exact match and canonical share per domain; each replica answers every ``size``-th prompt.
+
+    ``finished`` is called after every domain.
+    """
     rank, size = share
     totals = np.zeros((len(domains), 3))
     for row, prompts in enumerate(domains.values()):
@@ -44,6 +48,7 @@ def student_scores(
             sum(is_canonical(answer, tokenizer) for answer in answers),
             len(answers),
         )
+        finished()
     totals = sum_over_replicas(totals.reshape(-1)).reshape(-1, 3)
     return {
         name: {
@@ -60,14 +65,19 @@ def teacher_scores(
     domains: Mapping[str, Sequence[Prompt]],
     *,
     max_new_tokens: int,
+    finished: Callable[[], None] = lambda: None,
 ) -> dict[str, float | None]:
-    """Accuracy of the best teacher of each domain, on the same prompts and in its own tokens."""
+    """Accuracy of the best teacher of each domain, on the same prompts and in its own tokens.
+
+    ``finished`` is called after every domain.
+    """
     best: dict[str, float | None] = {}
     for domain, prompts in domains.items():
         names = prompts[0].teachers
         found = [teachers[name].accuracy(prompts, max_new_tokens=max_new_tokens) for name in names]
         known = [accuracy for accuracy in found if accuracy is not None]
         best[domain] = max(known) if known else None
+        finished()
     return best
 
 

@@ -87,6 +87,7 @@ def train(run: Run, sink: Sink) -> Summary:
         state.seconds = seconds_before + time.perf_counter() - started
         if state.step % config.checkpoint.save_interval == 0 or state.step == config.train.steps:
             _save(run, state)
+        run.finished()
     return _finish(run, state, seconds=seconds_before + time.perf_counter() - started)
 
 
@@ -202,6 +203,7 @@ def _evaluate(run: Run) -> Scores:
             tokenizer=run.tokenizer,
             share=(run.topology.dp_rank, run.topology.dp_size),
             sum_over_replicas=lambda values_: sum_over_leads(run.topology, values_),
+            finished=run.finished,
         )
     return from_lead(run.topology, scores)
 
@@ -213,7 +215,10 @@ def _evaluate_teachers(run: Run) -> dict[str, float | None]:
     found = None
     if run.pool is not None:
         found = teacher_scores(
-            run.pool.teachers, domains, max_new_tokens=run.config.rollout.max_new_tokens
+            run.pool.teachers,
+            domains,
+            max_new_tokens=run.config.rollout.max_new_tokens,
+            finished=run.finished,
         )
     return from_lead(run.topology, found)
 

@@ -18,8 +18,14 @@ from mopd.metrics.summary import Summary, print_summary, write_summary
 from mopd.runtime.build import build_run
 from mopd.runtime.loop import refuse_if_not_learned, train
 from mopd.runtime.servers import is_failed_start
+from mopd.runtime.watchdog import Watchdog
 from mopd.student.parallel import shutdown
 
+# How servers are reached: what the remedies for servers that failed ask to change.
+_REACHED = (
+    *("urls", "api_key_env", "deadline_s", "start_s", "max_retries", "max_outstanding"),
+    *("restart_budget_s", "server"),
+)
 # Keys that may differ when a run is continued: they change nothing that is computed.
 _FREE = (
     ("run", "overwrite"),
@@ -28,6 +34,8 @@ _FREE = (
     ("logging",),
     ("checkpoint",),
     ("journal",),
+    *(("teachers", "*", "backend", key) for key in _REACHED),
+    *(("rollout", "backend", key) for key in _REACHED),
 )
 
 
@@ -52,8 +60,11 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
     if is_main:
         write_config(directory, config)
     sink = _sinks(config, directory) if is_main else MultiSink([])
+    watchdog = Watchdog(config.run.stall_s, directory=directory, rank=run.topology.rank)
+    run = dataclasses.replace(run, finished=watchdog.feed)
     try:
-        summary = dataclasses.replace(train(run, sink), world=world)
+        with watchdog:
+            summary = dataclasses.replace(train(run, sink), world=world)
     finally:
         if run.feed is not None:
             run.feed.close()
@@ -121,9 +132,13 @@ def _refuse_changes(path: Path, config: RunConfig) -> None:
 
 
 def _drop(tree: Any, key: tuple[str, ...]) -> None:
-    for part in key[:-1]:
-        tree = tree.get(part, {})
-    tree.pop(key[-1], None)
+    """Removes a key; ``*`` stands for every name."""
+    part, *rest = key
+    for name in list(tree) if part == "*" else [part]:
+        if rest:
+            _drop(tree.get(name) or {}, tuple(rest))
+        else:
+            tree.pop(name, None)
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> set[str]:

@@ -67,6 +67,7 @@ class Endpoint:
             ),
         )
         self.url = self._http.url
+        self.deadline_s, self.start_s = options.deadline_s, options.start_s
         self.protocol = options.protocols[-1]  # `find_model` may find a better one
         self.model: str = ""
         self.max_length: int | None = None  # tokens of a prompt, from the server's own limit

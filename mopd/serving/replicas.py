@@ -1,12 +1,15 @@
-"""Several servers of one model: the least busy one is asked, a failed one rests for a while."""
+"""Several servers of one model: the least busy one is asked, a failed one is probed until well."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import threading
+import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import CancelledError, wait
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +23,11 @@ T = TypeVar("T")
 
 FATAL = ("key", "redirect", "address", "model")  # refusals that no other request would change
 MAX_PAUSE_S = 2.0
+LATE_S = 0.5  # an attempt beyond its own deadline: the check of a new connection may hang as well
+SLACK_S = 30.0  # of waits that end by themselves earlier
+START_REQUESTS = 64  # of the checks of one server, at most
+CLOSE_S = 5.0
+GLANCE_S = 0.5  # between two looks at whether the thread still lives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +55,17 @@ class _State:
 
     endpoint: Endpoint
     outstanding: int = 0
-    failures: int = 0  # in a row
-    rests_until: float = 0.0
+    failures: int = 0  # in a row, several at a time count once; 0: it is well
+    turn: int = 0  # of its last request
+    reviving: asyncio.Task[None] | None = None
 
 
 class Replicas:
     """Calls block; the requests run concurrently in one background thread.
 
-    ``events`` counts what went wrong, by reason, whether a retry mended it or not.
+    A replica that failed gets no request until it has passed ``endpoint.probe``, so one that hangs
+    costs a single deadline and not one every step. ``events`` counts what went wrong, by reason,
+    whether a retry mended it or not.
     """
 
     def __init__(
@@ -67,23 +78,75 @@ class Replicas:
         self._random = random.Random(f"{seed} {name}")
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Condition()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name=f"teacher {name}", daemon=True
-        )
+        self._answered = self._moved = time.monotonic()
+        self._turn = 0
+        self._last: ServerError | None = None
+        self._broken: Exception | None = None
+        self._ended: BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name=f"teacher {name}", daemon=True)
         self._thread.start()
+
+    def _serve(self) -> None:
+        try:
+            self._loop.run_forever()
+        except BaseException as error:  # told by whoever waits for this thread
+            self._ended = error
 
     @property
     def endpoints(self) -> list[Endpoint]:
         return [state.endpoint for state in self._states]
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine on the background loop."""
+    def run(self, work: Coroutine[Any, Any, T], *, patience_s: float | None = None) -> T:
+        """The result of a coroutine on the background loop.
+
+        Args:
+            patience_s: how long nothing may be answered; None: as long as all servers may start.
+        Raises:
+            TeacherError: the patience or the thread is at its end, or `close` was called.
+        """
+        if patience_s is None:
+            each = [e.start_s + START_REQUESTS * e.deadline_s for e in self.endpoints]
+            patience_s = sum(each) + SLACK_S
+        if not self._thread.is_alive():
+            work.close()
+            raise self._gone()
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._moved = time.monotonic()
         try:
+            while not wait([future], timeout=GLANCE_S).done:
+                if not self._thread.is_alive():
+                    raise self._gone()
+                if time.monotonic() - self._moved > patience_s:
+                    raise TeacherError(
+                        f"teachers.{self.name}: not one request ended within {patience_s:.0f} s, "
+                        "though each has a deadline; look at the load of this machine"
+                    )
             return future.result()
+        except CancelledError:
+            raise self._gone() from None
         except BaseException:
             future.cancel()
             raise
+
+    def _gone(self) -> TeacherError:
+        if self._closed or self._ended is None:
+            return TeacherError(f"teachers.{self.name}: closed while it was asked")
+        error = TeacherError(
+            f"teachers.{self.name}: the thread of its requests ended with "
+            f"{type(self._ended).__name__} ({self._ended}); the same command continues from the "
+            "last checkpoint"
+        )
+        error.__cause__ = self._ended
+        return error
+
+    @property
+    def _patience_s(self) -> float:
+        """Longer than any request that ends by its own rules."""
+        tries = self._options.max_retries + 2
+        deadline_s = max(endpoint.deadline_s for endpoint in self.endpoints)
+        each = deadline_s + LATE_S + 1.5 * MAX_PAUSE_S
+        return tries * each + self._options.restart_budget_s + SLACK_S
 
     def score(
         self, prompts: Sequence[ScoredSequence], k: int | None
@@ -95,7 +158,7 @@ class Replicas:
             TeacherError: a server that is not the one it was, or refuses us altogether.
         """
         groups = self._groups(prompts, k)
-        found = self.run(self._all(groups, k))
+        found = self.run(self._all(groups, k), patience_s=self._patience_s)
         return [one for group in found for one in group]
 
     def _groups(
@@ -140,75 +203,142 @@ class Replicas:
         return [one for prompt in group for one in await self._group([prompt], k)]
 
     async def _tries(self, group: list[ScoredSequence], k: int | None) -> list[Entries | ArrayRows]:
-        started, tries = self._loop.time(), 0
-        while True:
-            state = await self._acquire()
-            try:
-                found = await state.endpoint.score(group, k)
-            except ServerError as error:
-                self.events[error.reason] += 1
-                tries += 1
-                self._failed(state, error)
-                spent = tries > self._options.max_retries
-                if not isinstance(error, RetryableError):
-                    if isinstance(error, RefusedError) or spent:
-                        raise
-                elif spent and self._loop.time() - started >= self._options.restart_budget_s:
-                    raise TeacherExhausted(
-                        self.name,
-                        f"no replica answered in {tries} tries; the last: {error}; restart it, or "
-                        "raise backend.max_retries or restart_budget_s",
-                    ) from error
-            else:
-                state.failures = 0
-                return found
-            finally:
-                state.outstanding -= 1
-                async with self._changed:
-                    self._changed.notify_all()
+        began, tries = time.monotonic(), 0
+        try:
+            while True:
+                state = await self._acquire(began)
+                try:
+                    async with _deadline(state.endpoint):
+                        found = await state.endpoint.score(group, k)
+                except ServerError as error:
+                    tries += 1
+                    self._failed(state, error)
+                    spent = tries > self._options.max_retries
+                    if not isinstance(error, RetryableError):
+                        if isinstance(error, RefusedError) or spent:
+                            raise
+                    elif spent and self._is_over(began):
+                        raise self._exhausted(tries) from error
+                else:
+                    self._answered = time.monotonic()
+                    return found
+                finally:
+                    state.outstanding -= 1
+                    await self._notify()
+        finally:
+            self._moved = time.monotonic()
+
+    def _is_over(self, since: float) -> bool:
+        return time.monotonic() - since >= self._options.restart_budget_s
+
+    def _exhausted(self, tries: int) -> TeacherExhausted:
+        return TeacherExhausted(
+            self.name,
+            f"no replica answered in {tries} tries; the last: {self._last}; restart it, or "
+            "raise backend.max_retries or restart_budget_s",
+        )
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
 
     def _failed(self, state: _State, error: ServerError) -> None:
         """Only what says that the server is unwell takes it out of turn."""
-        if not isinstance(error, RetryableError):
-            return
-        state.failures += 1
-        pause = min(self._options.pause_s * 2.0 ** min(state.failures - 1, 16), MAX_PAUSE_S)
-        state.rests_until = self._loop.time() + pause * self._random.uniform(0.5, 1.5)
+        self.events[error.reason] += 1
+        self._last = error
+        if isinstance(error, RetryableError) and not state.failures:
+            state.failures = 1
+            state.reviving = asyncio.create_task(self._revive(state))
 
-    async def _acquire(self) -> _State:
-        """The least busy replica that is well; one that failed gets a single request first."""
+    async def _revive(self, state: _State) -> None:
+        """Probes a replica that failed until it is well; no rollout waits for its answer."""
+        while state.failures and self._broken is None:
+            pause = min(self._options.pause_s * 2.0 ** min(state.failures - 1, 16), MAX_PAUSE_S)
+            await asyncio.sleep(pause * self._random.uniform(0.5, 1.5))
+            try:
+                async with _deadline(state.endpoint):
+                    await self._probe(state.endpoint)
+                state.failures = 0
+            except ServerError as error:
+                self.events[error.reason] += 1
+                self._last = error
+                state.failures += 1
+                if error.reason in FATAL:
+                    self._broken = TeacherError(f"teachers.{self.name}: {error}")
+            except Exception as error:  # raised where the next request waits
+                self._broken = error
+            await self._notify()
+
+    async def _probe(self, endpoint: Endpoint) -> None:
+        if endpoint.probe is None:
+            await endpoint.find_model()
+        else:
+            await endpoint.probe(endpoint)
+
+    async def _acquire(self, began: float) -> _State:
+        """The least busy replica that is well.
+
+        Raises:
+            TeacherExhausted: all of them have been away for too long.
+        """
         async with self._changed:
             while True:
-                now = self._loop.time()
-                free = [
-                    state
-                    for state in self._states
-                    if state.rests_until <= now
-                    and state.outstanding < (1 if state.failures else self._options.max_outstanding)
-                ]
+                if self._broken is not None:
+                    raise self._broken
+                failures = min(state.failures for state in self._states)
+                if failures > self._options.max_retries and self._is_over(
+                    max(began, self._answered)
+                ):
+                    raise self._exhausted(failures)
+                most = self._options.max_outstanding
+                free = [s for s in self._states if not s.failures and s.outstanding < most]
                 if free:
-                    state = min(free, key=lambda state: (state.outstanding, state.failures))
+                    state = min(free, key=lambda state: (state.outstanding, state.turn))
                     state.outstanding += 1
+                    self._turn = state.turn = self._turn + 1
                     return state
-                resting = [s.rests_until - now for s in self._states if s.rests_until > now]
-                try:
-                    async with asyncio.timeout(min(resting, default=None)):
-                        await self._changed.wait()
-                except TimeoutError:
-                    continue
+                # every attempt and every probe notifies, and each has a deadline
+                await self._changed.wait()
 
     def close(self) -> None:
-        """Ends the thread; safe to call twice."""
-        if self._loop.is_closed():
+        """Ends the thread and what waits for it; safe to call twice."""
+        if self._closed:
             return
-        self.run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=5.0)
-        self._loop.close()
+        self._closed = True
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=CLOSE_S)
+        if not self._thread.is_alive():
+            self._loop.run_until_complete(self._close())
+            self._loop.close()
 
     async def _close(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_S)
         for endpoint in self.endpoints:
             await endpoint.close()
+
+
+@asynccontextmanager
+async def _deadline(endpoint: Endpoint) -> AsyncIterator[None]:
+    """Of an attempt as a whole, of which a request is a part.
+
+    Raises:
+        RetryableError: with the reason timeout.
+    """
+    try:
+        async with asyncio.timeout(endpoint.deadline_s + LATE_S):
+            yield
+    except TimeoutError as error:
+        raise RetryableError(
+            endpoint.url,
+            "timeout",
+            f"no answer within {endpoint.deadline_s:g} s, with the check of a new connection; "
+            "raise backend.deadline_s, or look at the server",
+        ) from error
 
 
 def _first(errors: BaseException) -> BaseException:

@@ -44,6 +44,14 @@ class Counting(Protocol):
 
 
 @runtime_checkable
+class Concurrent(Protocol):
+    """A teacher that mostly waits for others: where ``concurrent`` is true, ``score`` may run in a
+    thread beside other teachers', and ``close`` from another thread ends it soon."""
+
+    concurrent: bool
+
+
+@runtime_checkable
 class Writer(Protocol):
     """A teacher that can answer prompts itself: sampled text, and whether its turn ended.
 

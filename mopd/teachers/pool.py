@@ -1,29 +1,96 @@
-"""All teachers of a run, asked in one fixed order; routing is data on the prompt."""
+"""All teachers of a run, those behind servers side by side; routing is data on the prompt."""
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from mopd.teachers.base import Counting, Teacher, cut_rows
+from mopd.errors import TeacherError
+from mopd.teachers.base import Concurrent, Counting, Teacher, cut_rows
 from mopd.types import Rollout, TeacherScores
+
+GRACE_S = 0.5  # for teachers that fail together, so that the first of them in order is named
+END_S = 3.0  # for a closed teacher to let go of its thread
+
+
+@dataclass(slots=True)
+class _Call:
+    """One teacher asked for its rollouts, here or in a thread."""
+
+    name: str
+    teacher: Teacher
+    index: list[int]  # of its rollouts among all
+    scores: Sequence[TeacherScores] | None = None
+    error: Exception | None = None
+    thread: threading.Thread | None = None
+
+    @property
+    def concurrent(self) -> bool:
+        return isinstance(self.teacher, Concurrent) and self.teacher.concurrent
+
+    def start(self, rollouts: Sequence[Rollout], done: queue.SimpleQueue[_Call]) -> None:
+        def ask() -> None:
+            try:
+                self.run(rollouts)
+            except Exception as error:  # raised by the thread that waits
+                self.error = error
+            except BaseException as error:  # as it is, it would end the run with its own exit code
+                self.error = TeacherError(
+                    f"teachers.{self.name}: its thread ended with {type(error).__name__} ({error})"
+                )
+                self.error.__cause__ = error
+            done.put(self)
+
+        self.thread = threading.Thread(target=ask, name=f"asks {self.name}", daemon=True)
+        self.thread.start()
+
+    def run(self, rollouts: Sequence[Rollout]) -> None:
+        scores = self.teacher.score([rollouts[i] for i in self.index])
+        if len(scores) != len(self.index):
+            raise TeacherError(
+                f"teachers.{self.name}: {len(scores)} scores for {len(self.index)} answers"
+            )
+        self.scores = scores
 
 
 class TeacherPool:
-    """Scores every rollout with the teachers its prompt names."""
+    """Scores every rollout with the teachers its prompt names.
+
+    Teachers that are `Concurrent` run in threads of their own, the others in the calling thread,
+    one after another. A wait is as long as the teachers' own deadlines.
+    """
 
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
         self.teachers = teachers
+        self._closed = False
 
     def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, TeacherScores]]:
         """Per rollout: teacher name -> scores, in the pool's order, with as many entries a row as
-        the rollout's prompt asks for."""
+        the rollout's prompt asks for.
+
+        Raises:
+            Exception: a teacher's, as it is; of several at a time the first in the pool's order.
+                The pool is closed then.
+        """
+        calls = [
+            _Call(name, teacher, index)
+            for name, teacher in self.teachers.items()
+            if (index := [i for i, r in enumerate(rollouts) if name in r.prompt.teachers])
+        ]
+        try:
+            _ask(calls, rollouts)
+        except BaseException:
+            self.close()
+            _wait_for_threads(calls)
+            raise
         results: list[dict[str, TeacherScores]] = [{} for _ in rollouts]
-        for name, teacher in self.teachers.items():
-            index = [i for i, r in enumerate(rollouts) if name in r.prompt.teachers]
-            if index:
-                scores = teacher.score([rollouts[i] for i in index])
-                for i, score in zip(index, scores, strict=True):
-                    results[i][name] = cut_rows(score, rollouts[i].prompt.top_k)
+        for call in calls:
+            assert call.scores is not None
+            for i, score in zip(call.index, call.scores, strict=True):
+                results[i][call.name] = cut_rows(score, rollouts[i].prompt.top_k)
         return results
 
     def troubles(self) -> dict[str, int]:
@@ -38,5 +105,40 @@ class TeacherPool:
         }
 
     def close(self) -> None:
+        """Closes every teacher; safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
         for teacher in self.teachers.values():
             teacher.close()
+
+
+def _ask(calls: Sequence[_Call], rollouts: Sequence[Rollout]) -> None:
+    done: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+    waiting = [call for call in calls if call.concurrent]
+    for call in waiting:
+        call.start(rollouts, done)
+    for call in calls:
+        if not call.concurrent:
+            if any(other.error for other in waiting):
+                break
+            call.run(rollouts)
+    for _ in waiting:
+        if done.get().error is not None:
+            _settle(waiting, GRACE_S)
+            break
+    for call in waiting:
+        if call.error is not None:
+            raise call.error
+
+
+def _wait_for_threads(calls: Sequence[_Call]) -> None:
+    _settle([call for call in calls if call.thread is not None], END_S)
+
+
+def _settle(calls: Sequence[_Call], seconds: float) -> None:
+    """Waits until the threads end, at most so long."""
+    end = time.monotonic() + seconds
+    for call in calls:
+        if call.thread is not None:
+            call.thread.join(timeout=max(0.0, end - time.monotonic()))

@@ -53,6 +53,8 @@ class RemoteTeacher:
         TeacherError: a server that cannot be this teacher, in one line with the remedy.
     """
 
+    concurrent = True
+
     def __init__(
         self,
         name: str,

@@ -105,10 +105,13 @@ def test_replicas_share_the_prompts_and_add_up(tiny_world: World) -> None:
             tokenizer=tokenizer,
             share=(rank, size),
             sum_over_replicas=add,
+            finished=lambda: progress.append(len(local)),
         )
         return found, local[0]
 
+    progress: list[int] = []
     alone, _ = scores(0, 1, None)
+    assert progress == [0, 0], "told after every domain, before the replicas meet"
     assert alone["a"] == {"accuracy": pytest.approx(2 / 3), "canonical": 1.0, "prompts": 3.0}
     assert alone["b"]["accuracy"] == 0.0
     _, first = scores(0, 2, np.array([0.0, 0, 1, 0, 0, 1]))
@@ -120,7 +123,9 @@ def test_the_best_teacher_of_a_domain_counts(tiny_world: World) -> None:
     tokenizer = ChatTokenizer.load(tiny_world.student)
     asked = {"a": [Prompt(id="1", messages=(), domain="a", answer="x", teachers=("u", "v"))]}
     pool = {"u": Fixed(0.4, tokenizer), "v": Fixed(0.7, tokenizer), "w": Fixed(1.0, tokenizer)}
-    assert teacher_scores(pool, asked, max_new_tokens=1) == {"a": 0.7}
+    progress: list[None] = []
+    found = teacher_scores(pool, asked, max_new_tokens=1, finished=lambda: progress.append(None))
+    assert found == {"a": 0.7} and len(progress) == 1
     assert teacher_scores(
         {"u": Fixed(None, tokenizer), "v": Fixed(None, tokenizer)}, asked, max_new_tokens=1
     ) == {"a": None}
