@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from mopd.runtime.servers import Servers
 from mopd.runtime.teachers import build_pool, custom
 from mopd.student.model import StudentModel, build_student
 from mopd.student.optim import build_optimizer
-from mopd.student.parallel import Topology, initialize
+from mopd.student.parallel import TIMEOUT, Topology, initialize
 from mopd.student.step import Student
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
@@ -101,7 +102,9 @@ def _build_run(config: RunConfig, servers: Servers) -> Run:
     directory = Path(config.run.dir) / config.run.name
     servers.start(directory, device=backend.name)  # they load while the student is built
 
-    topology = initialize(config.student.parallel, backend=backend, seed=config.run.seed)
+    topology = initialize(
+        config.student.parallel, backend=backend, seed=config.run.seed, timeout=_patience(config)
+    )
     found = _pairs(config, tokenizers, topology)
     model = build_student(
         config.student.model, topology=topology, dtype=DTYPES[config.student.dtype]
@@ -138,6 +141,12 @@ def _build_run(config: RunConfig, servers: Servers) -> Run:
         spans=spans,
         servers=servers,
     )
+
+
+def _patience(config: RunConfig) -> timedelta:
+    """Of ranks with each other: where there is a watchdog, it is the one that speaks first."""
+    stall = timedelta(seconds=config.run.stall_s) + timedelta(minutes=1)
+    return max(TIMEOUT, stall if config.run.stall_s else timedelta(weeks=1))
 
 
 def _threads_per_rank(config: RunConfig) -> int:

@@ -18,6 +18,7 @@ from mopd.metrics.summary import Summary, print_summary, write_summary
 from mopd.runtime.build import build_run
 from mopd.runtime.loop import refuse_if_not_learned, train
 from mopd.runtime.servers import is_failed_start
+from mopd.runtime.signals import Interrupt
 from mopd.runtime.watchdog import Watchdog
 from mopd.student.parallel import shutdown
 
@@ -61,9 +62,15 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
         write_config(directory, config)
     sink = _sinks(config, directory) if is_main else MultiSink([])
     watchdog = Watchdog(config.run.stall_s, directory=directory, rank=run.topology.rank)
-    run = dataclasses.replace(run, finished=watchdog.feed)
+    interrupt = Interrupt()
+
+    def finished() -> None:
+        watchdog.feed()
+        interrupt.check()
+
+    run = dataclasses.replace(run, finished=finished)
     try:
-        with watchdog:
+        with interrupt, watchdog:
             summary = dataclasses.replace(train(run, sink), world=world)
     finally:
         if run.feed is not None:

@@ -16,7 +16,7 @@ from mopd.config.schema import ParallelSection
 from mopd.device import DeviceBackend
 from mopd.errors import ConfigError
 
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=10)  # of a collective, at least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +67,16 @@ class Topology:
         return self.pp_rank == self.pp_size - 1
 
 
-def initialize(parallel: ParallelSection, *, backend: DeviceBackend, seed: int) -> Topology:
+def initialize(
+    parallel: ParallelSection,
+    *,
+    backend: DeviceBackend,
+    seed: int,
+    timeout: timedelta = TIMEOUT,
+) -> Topology:
     """Join the job that torchrun's environment describes; without one, a world of this process.
+
+    Ranks wait for each other up to ``timeout``: for a lead that waits for its teachers, too.
 
     Raises ConfigError when the layout does not fit the number of processes.
     """
@@ -77,19 +85,19 @@ def initialize(parallel: ParallelSection, *, backend: DeviceBackend, seed: int) 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     backend.set_device(local_rank)
     backend.prepare_megatron()
-    _join(backend)
+    _join(backend, timeout)
     _check(parallel, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+        distributed_timeout_minutes=int(timeout.total_seconds() // 60),
     )
     # One stream of random numbers per pipeline stage, as Megatron's own trainer seeds it.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)
-    return _topology(backend, local_rank)
+    return _topology(backend, local_rank, timeout)
 
 
 def shutdown() -> None:
@@ -100,14 +108,14 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _join(backend: DeviceBackend) -> None:
+def _join(backend: DeviceBackend, timeout: timedelta) -> None:
     if "RANK" in os.environ:
-        dist.init_process_group(backend.dist_backend, init_method="env://", timeout=TIMEOUT)
+        dist.init_process_group(backend.dist_backend, init_method="env://", timeout=timeout)
         return
     # Port 0: the store takes any free port, so that two lone runs on a host never meet.
     store = TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=TIMEOUT)
     dist.init_process_group(
-        backend.dist_backend, store=store, rank=0, world_size=1, timeout=TIMEOUT
+        backend.dist_backend, store=store, rank=0, world_size=1, timeout=timeout
     )
 
 
@@ -126,7 +134,7 @@ def _check(parallel: ParallelSection, world_size: int) -> None:
         )
 
 
-def _topology(backend: DeviceBackend, local_rank: int) -> Topology:
+def _topology(backend: DeviceBackend, local_rank: int, timeout: timedelta) -> Topology:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     cp_rank = parallel_state.get_context_parallel_rank()
@@ -136,7 +144,7 @@ def _topology(backend: DeviceBackend, local_rank: int) -> Topology:
     # (dp, pp, cp, tp) of every rank: Megatron's rank order stays Megatron's business.
     places: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * dist.get_world_size()
     dist.all_gather_object(places, (dp_rank, pp_rank, cp_rank, tp_rank))
-    replica_group, replica_ranks = _replica_group(backend, places, dp_rank)
+    replica_group, replica_ranks = _replica_group(backend, places, dp_rank, timeout)
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -165,14 +173,17 @@ def _group(group: object) -> dist.ProcessGroup:
 
 
 def _replica_group(
-    backend: DeviceBackend, places: list[tuple[int, int, int, int]], dp_rank: int
+    backend: DeviceBackend,
+    places: list[tuple[int, int, int, int]],
+    dp_rank: int,
+    timeout: timedelta,
 ) -> tuple[dist.ProcessGroup, tuple[int, ...]]:
     """Every rank takes part in making every replica's group, in one order."""
     kinds = "gloo" if backend.name == "cpu" else f"cpu:gloo,{backend.name}:{backend.dist_backend}"
     mine: tuple[dist.ProcessGroup, tuple[int, ...]] | None = None
     for replica in sorted({place[0] for place in places}):
         ranks = tuple(rank for rank, place in enumerate(places) if place[0] == replica)
-        group = dist.new_group(list(ranks), timeout=TIMEOUT, backend=kinds)
+        group = dist.new_group(list(ranks), timeout=timeout, backend=kinds)
         if replica == dp_rank:
             mine = _group(group), ranks
     assert mine is not None
