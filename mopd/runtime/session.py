@@ -64,11 +64,11 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
     watchdog = Watchdog(config.run.stall_s, directory=directory, rank=run.topology.rank)
     interrupt = Interrupt()
 
-    def finished() -> None:
+    def progress() -> None:
         watchdog.feed()
         interrupt.check()
 
-    run = dataclasses.replace(run, finished=finished)
+    run = dataclasses.replace(run, finished=progress)
     try:
         with interrupt, watchdog:
             summary = dataclasses.replace(train(run, sink), world=world)
