@@ -17,6 +17,10 @@ class StaleWeightsError(MopdError, RuntimeError):
     """A sampler was handed a policy version that is not newer than the one it has."""
 
 
+class SamplerError(MopdError, RuntimeError):
+    """The engines of rollout.backend do not answer, or not with what was asked for."""
+
+
 class TeacherError(MopdError, RuntimeError):
     """A teacher's answer is outside its contract (shape, ids, log-probabilities)."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
 from mopd.config.check_losses import check_losses
+from mopd.config.check_rollout import check_rollout
 from mopd.config.check_servers import check_started, is_started
 from mopd.config.keys import printable
 from mopd.config.model_shape import check_layout, read_model_config
@@ -35,6 +36,7 @@ def check_config(config: RunConfig, *, world_size: int) -> None:
         _teachers(config),
         _backends(config),
         check_started(config),
+        check_rollout(config, world_size=world_size),
         check_losses(config),
         _schedule(config),
         _paths(config),
@@ -71,11 +73,6 @@ def _backends(config: RunConfig) -> Iterator[str]:
         yield from _target(f"teachers.{name}.backend", teacher.backend)
         yield from _wire(f"teachers.{name}.backend", teacher.backend)
         yield from _servers(f"teachers.{name}.backend", teacher.backend, config)
-    rollout = config.rollout.backend
-    if rollout.type == "replay" and rollout.path is None:
-        yield "rollout.backend.path: is not set; a replay needs the journal of another run"
-    if rollout.type != "replay" and rollout.path is not None:
-        yield "rollout.backend.path: is only read by type=replay; set that type, or path=null"
 
 
 def _target(prefix: str, backend: TeacherBackendSection | RolloutBackendSection) -> Iterator[str]:

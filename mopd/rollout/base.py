@@ -19,6 +19,8 @@ class Sampler(Protocol):
     ``generate`` returns the rollouts of every prompt in order, ``num_generations`` each, for
     optimizer step ``step`` with the policy ``version``.
     ``load_weights`` refuses a version that is not newer (`StaleWeightsError`).
+    ``probe`` gives the log-probabilities of the tokens of ``ids`` [L] but the first, at temperature
+    1, as [engines, L - 1], so that they can be compared with the student's own; None: no engine.
     """
 
     @property
@@ -29,6 +31,8 @@ class Sampler(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None: ...
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Rollout]: ...
+
+    def probe(self, ids: np.ndarray) -> np.ndarray | None: ...
 
     def close(self) -> None: ...
 
@@ -56,7 +60,7 @@ def make_rollout(
         byte_ends=vocabulary.byte_ends(generated.token_ids),
         response=response,
         policy_version=version,
-        finish_reason="stop" if generated.stopped else "length",
+        finish_reason="stop" if generated.stopped else "cut" if generated.cut else "length",
         reward=exact_match(prompt, response, stopped=generated.stopped),
         source=source,
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mopd.errors import StaleWeightsError
 from mopd.rollout.base import make_rollout
+from mopd.rollout.tasks import SamplingOptions
 from mopd.serving.generation import generate, sampling_stream
 from mopd.serving.models import load_causal_lm
 from mopd.tokens.chat import ChatTokenizer
@@ -21,7 +23,7 @@ class HfSampler:
 
     Args:
         model_dir: architecture and, until the first `load_weights`, weights (version -1).
-        seed, temperature, max_new_tokens, num_generations: as in the recipe.
+        options: as in the recipe.
     """
 
     def __init__(
@@ -30,18 +32,12 @@ class HfSampler:
         *,
         tokenizer: ChatTokenizer,
         device: torch.device,
-        seed: int,
-        temperature: float,
-        max_new_tokens: int,
-        num_generations: int,
+        options: SamplingOptions,
         batch_size: int,
     ) -> None:
         self._model = load_causal_lm(model_dir, device=device)
         self._tokenizer = tokenizer
-        self._seed = seed
-        self._temperature = temperature
-        self._max_new_tokens = max_new_tokens
-        self._num_generations = num_generations
+        self._options = options
         self._batch_size = batch_size
         self.version = -1
 
@@ -70,14 +66,23 @@ class HfSampler:
         """Sampled answers under ``version``, which must be the one that was loaded."""
         if version != self.version:
             raise StaleWeightsError(f"asked for version {version}, have {self.version}")
-        tasks = [(prompt, n) for prompt in prompts for n in range(self._num_generations)]
-        keys = [f"{self._seed}|{prompt.id}|{n}|{step}" for prompt, n in tasks]
-        streams = [sampling_stream(key, self._max_new_tokens) for key in keys]
+        tasks = [(prompt, n) for prompt in prompts for n in range(self._options.num_generations)]
+        keys = [f"{self._options.seed}|{prompt.id}|{n}|{step}" for prompt, n in tasks]
+        streams = [sampling_stream(key, self._options.max_new_tokens) for key in keys]
         return self._decode(tasks, streams)
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Greedy answers, for evaluation."""
         return self._decode([(prompt, 0) for prompt in prompts], None)
+
+    @torch.no_grad()
+    def probe(self, ids: np.ndarray) -> np.ndarray:
+        """[1, L - 1], of the copy."""
+        device = next(self._model.parameters()).device
+        tokens = torch.as_tensor(ids, dtype=torch.int64, device=device)
+        logits = self._model(input_ids=tokens[None]).logits[0, :-1]
+        scores = torch.log_softmax(logits[:, : self._tokenizer.vocabulary.size].float(), dim=-1)
+        return scores.gather(1, tokens[1:, None]).T.cpu().numpy()
 
     def _decode(self, tasks: Sequence[tuple[Prompt, int]], streams: list | None) -> list[Rollout]:
         rollouts: list[Rollout] = []
@@ -89,9 +94,10 @@ class HfSampler:
                 prompt_ids,
                 eos_id=self._tokenizer.eos_id,
                 vocab_size=self._tokenizer.vocabulary.size,
-                max_new_tokens=self._max_new_tokens,
-                temperature=1.0 if streams is None else self._temperature,
+                max_new_tokens=self._options.max_new_tokens,
+                temperature=1.0 if streams is None else self._options.temperature,
                 streams=None if streams is None else streams[begin : begin + len(part)],
+                stop_ids=self._options.stop_token_ids,
             )
             rollouts += [
                 make_rollout(

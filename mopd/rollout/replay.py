@@ -60,6 +60,9 @@ class ReplaySampler:
     def answer(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         return self._live.answer(prompts)
 
+    def probe(self, ids: np.ndarray) -> np.ndarray | None:
+        return self._live.probe(ids)
+
     def close(self) -> None:
         self._live.close()
 

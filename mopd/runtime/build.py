@@ -20,8 +20,6 @@ from mopd.losses.vocab import VocabShard
 from mopd.metrics.span import Spans
 from mopd.projection import ProjectionStore
 from mopd.rollout.base import Sampler
-from mopd.rollout.hf import HfSampler
-from mopd.rollout.replay import ReplaySampler
 from mopd.runtime.build_feed import build_feed
 from mopd.runtime.data import Router, read_prompts
 from mopd.runtime.feed import Feed
@@ -34,8 +32,9 @@ from mopd.runtime.payloads import (
     pairs,
     projection_options,
 )
+from mopd.runtime.sampler import build_sampler
 from mopd.runtime.servers import Servers
-from mopd.runtime.teachers import build_pool, custom
+from mopd.runtime.teachers import build_pool
 from mopd.student.model import StudentModel, build_student
 from mopd.student.optim import build_optimizer
 from mopd.student.parallel import TIMEOUT, Topology, initialize
@@ -114,7 +113,7 @@ def _build_run(config: RunConfig, servers: Servers) -> Run:
     sampler = pool = feed = None
     spans = Spans()
     if topology.is_lead:
-        sampler = _sampler(config, tokenizers.student, topology)
+        sampler = build_sampler(config, tokenizers.student, topology, directory=directory)
         pool = build_pool(
             config, tokenizers.teachers, student=tokenizers.student, device=topology.device
         )
@@ -254,30 +253,4 @@ def _student(
         clip_grad=config.student.optimizer.clip_grad,
         fused_head=config.student.fused_head,
         companions=learned_companions(config, terms, found),
-    )
-
-
-def _sampler(config: RunConfig, tokenizer: ChatTokenizer, topology: Topology) -> Sampler:
-    rollout = config.rollout
-    if rollout.backend.type == "custom":
-        return custom(rollout.backend.target, config=config, tokenizer=tokenizer)
-    assert config.student.model is not None
-    live = HfSampler(
-        Path(config.student.model),
-        tokenizer=tokenizer,
-        device=topology.device,
-        seed=config.run.seed,
-        temperature=rollout.temperature,
-        max_new_tokens=rollout.max_new_tokens,
-        num_generations=rollout.num_generations_per_prompt,
-        batch_size=rollout.backend.batch_size,
-    )
-    if rollout.backend.type == "hf":
-        return live
-    assert rollout.backend.path is not None
-    return ReplaySampler(
-        Path(rollout.backend.path),
-        tokenizer=tokenizer,
-        num_generations=rollout.num_generations_per_prompt,
-        live=live,
     )

@@ -27,6 +27,7 @@ from mopd.runtime.evaluate import (
 from mopd.runtime.learned import save_learned_projections
 from mopd.runtime.ledger import added
 from mopd.runtime.objective import loss_balance, static_weights
+from mopd.runtime.probe import compare, probe_ids
 from mopd.runtime.replica import from_lead, gather_leads, sum_over_leads
 from mopd.runtime.report import log_step, mean_of
 from mopd.serving.journal import drop_stale_journals
@@ -80,10 +81,10 @@ def train(run: Run, sink: Sink) -> Summary:
             run.feed.settle(step, skipped=result.skipped)
         _rebalance(run, state, batch, result)
         with run.spans("sync"):
-            _push(run, step + 1)
+            distance = _push(run, step + 1)
         state.step = step + 1
         _stop_if_stuck(state, result)
-        log_step(run, sink, batch, result, seconds=time.perf_counter() - began)
+        log_step(run, sink, batch, result, seconds=time.perf_counter() - began, probe=distance)
         state.seconds = seconds_before + time.perf_counter() - started
         if state.step % config.checkpoint.save_interval == 0 or state.step == config.train.steps:
             _save(run, state)
@@ -91,12 +92,24 @@ def train(run: Run, sink: Sink) -> Summary:
     return _finish(run, state, seconds=seconds_before + time.perf_counter() - started)
 
 
-def _push(run: Run, version: int) -> None:
+def _push(run: Run, version: int) -> float | None:
+    """How far the engines are from the student on a fixed text, where there are engines."""
     if run.feed is not None:
         run.feed.ahead.before_push(version)
     sync.push(iter_hf_weights(run.student.model), run.sampler, version=version)
+    distance = _probe(run)
     if run.feed is not None:
         run.feed.ahead.after_push(version)
+    return distance
+
+
+def _probe(run: Run) -> float | None:
+    ids = probe_ids(run.tokenizer)
+    own = run.student.logprobs(ids, vocab_size=run.tokenizer.vocabulary.size)
+    if run.sampler is None:
+        return None
+    tolerance = run.config.rollout.backend.probe_tolerance
+    return compare(own, run.sampler.probe(ids), tolerance=tolerance)
 
 
 def _resume(run: Run, sink: Sink) -> State:

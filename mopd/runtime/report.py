@@ -19,7 +19,15 @@ RESCORED_WARNING = 0.1  # nats an answer
 FAR_TEACHER = 0.15  # nats of reverse KL at the start (MOPD: 0.04 trained well, 0.19 badly)
 
 
-def log_step(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seconds: float) -> None:
+def log_step(
+    run: Run,
+    sink: Sink,
+    batch: StepBatch,
+    result: StepResult,
+    *,
+    seconds: float,
+    probe: float | None = None,
+) -> None:
     """Collective over the lead ranks; other ranks return at once."""
     line: dict[str, float] = {
         "loss": result.loss,
@@ -42,6 +50,8 @@ def log_step(run: Run, sink: Sink, batch: StepBatch, result: StepResult, *, seco
         sink.note(f"warning: step {batch.step}: {warning}")
     line["tokens_per_second"] = tokens / seconds
     line["time/step"] = seconds
+    if probe is not None:
+        line["sync/probe"] = probe
     line |= values({**run.feed.times, **run.spans.drain()})
     sink.log(batch.step, line)
 

@@ -41,12 +41,14 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     streams: Sequence[np.ndarray] | None,
+    stop_ids: Sequence[int] = (),
 ) -> list[Generated]:
     """Answers to ``prompts`` (each [P] ids), sampled by inverse transform, or greedy.
 
     Args:
         vocab_size: true size; padded output columns are never sampled.
         streams: [max_new_tokens] uniforms per prompt, one per position; None decodes greedily.
+        stop_ids: other tokens that end an answer; they are left out of it.
     """
     from transformers import DynamicCache
 
@@ -55,6 +57,7 @@ def generate(
     cache = DynamicCache(config=model.config)
     uniforms = None if streams is None else torch.as_tensor(np.stack(streams), device=device)
     alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    ends = torch.tensor([eos_id, *stop_ids], device=device)
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
     for step in range(max_new_tokens):
@@ -71,13 +74,13 @@ def generate(
         token = _choose(scores, column)
         tokens.append(torch.where(alive, token, eos_id))
         logprobs.append(scores.gather(1, token[:, None])[:, 0])
-        alive &= token != eos_id
+        alive &= ~torch.isin(token, ends)
         if not bool(alive.any()):
             break
         ids = tokens[-1][:, None]
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return _cut(torch.stack(tokens, 1), torch.stack(logprobs, 1), eos_id)
+    return _cut(torch.stack(tokens, 1), torch.stack(logprobs, 1), ends.tolist())
 
 
 def _left_padded(
@@ -104,16 +107,20 @@ def _choose(scores: Tensor, uniform: Tensor | None) -> Tensor:
     )
 
 
-def _cut(tokens: Tensor, logprobs: Tensor, eos_id: int) -> list[Generated]:
+def _cut(tokens: Tensor, logprobs: Tensor, ends: Sequence[int]) -> list[Generated]:
+    """``ends``: the end of the turn, which is kept, and stop tokens, which are not."""
+    eos_id, *_ = ends
     answers = []
     for ids, lps in zip(tokens.cpu().numpy(), logprobs.float().cpu().numpy(), strict=True):
-        ends = np.flatnonzero(ids == eos_id)
-        size = int(ends[0]) + 1 if len(ends) else len(ids)
+        found = np.flatnonzero(np.isin(ids, ends))
+        last = int(ids[found[0]]) if len(found) else None
+        size = int(found[0]) + (last == eos_id) if len(found) else len(ids)
         answers.append(
             Generated(
                 token_ids=ids[:size].astype(np.int32),
                 logprobs=lps[:size].astype(np.float32),
-                stopped=bool(len(ends)),
+                stopped=last == eos_id,
+                cut=last not in (None, eos_id),
             )
         )
     return answers

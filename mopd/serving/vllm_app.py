@@ -61,14 +61,14 @@ class ScoreMiddleware:
             if scope["path"] == MODEL_PATH:
                 known = {"model": fingerprint, "vocab_size": limits.vocab_size}
                 body = json.dumps(known | {"max_length": limits.max_length}).encode()
-                await _answer(send, 200, "application/json", [body])
+                await send_answer(send, 200, "application/json", [body])
                 return
-            request = read_request(await _body(receive), limits=limits)
+            request = read_request(await read_body(receive), limits=limits)
             rows = await _score(engine, request)
             header = encode_header(request.header(model=fingerprint))
-            await _answer(send, 200, CONTENT_TYPE, [header, rows])
+            await send_answer(send, 200, CONTENT_TYPE, [header, rows])
         except RequestError as error:
-            await _answer_error(send, error)
+            await send_error(send, error)
 
     def _is_stranger(self, scope: dict[str, Any]) -> bool:
         """vLLM's own key guards some prefixes only; /health stays open for who watches."""
@@ -77,13 +77,13 @@ class ScoreMiddleware:
         given = dict(scope["headers"]).get(b"authorization", b"")
         return not is_authorised(given.decode("utf-8", "surrogateescape"), token=self._token)
 
-    def _admit(self, scope: dict[str, Any]) -> None:
+    def _admit(self, scope: dict[str, Any], *, methods: tuple[str, ...] = ()) -> None:
         local = scope.get("server") or ("", 0)
         if self._token is None and not is_loopback(local[0]):
             raise RequestError("this address needs a token", status=401)
         if self._is_stranger(scope):
             raise RequestError("a wrong token, or none", status=401)
-        if scope["method"] != ("POST" if scope["path"] == SCORE_PATH else "GET"):
+        if scope["method"] not in (methods or ("POST" if scope["path"] == SCORE_PATH else "GET",)):
             raise RequestError("another method", status=405)
 
     async def _engine(self, engine: Any) -> tuple[str, ScoreLimits]:
@@ -162,10 +162,11 @@ async def _refuse(scope: dict[str, Any], send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
     else:
-        await _answer_error(send, RequestError("a wrong token, or none", status=401))
+        await send_error(send, RequestError("a wrong token, or none", status=401))
 
 
-async def _body(receive: Receive) -> bytes:
+async def read_body(receive: Receive) -> bytes:
+    """The whole body, up to `MAX_BODY_BYTES`."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -179,12 +180,14 @@ async def _body(receive: Receive) -> bytes:
             return b"".join(parts)
 
 
-async def _answer_error(send: Send, error: RequestError) -> None:
+async def send_error(send: Send, error: RequestError) -> None:
+    """The error as JSON."""
     body = json.dumps({"error": {"message": error.message}}).encode()
-    await _answer(send, error.status, "application/json", [body])
+    await send_answer(send, error.status, "application/json", [body])
 
 
-async def _answer(send: Send, status: int, content_type: str, parts: list[bytes]) -> None:
+async def send_answer(send: Send, status: int, content_type: str, parts: list[bytes]) -> None:
+    """A whole answer, in parts."""
     size = sum(map(len, parts))
     headers = [
         (b"content-type", content_type.encode()),

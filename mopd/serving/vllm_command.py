@@ -54,12 +54,23 @@ class ServedModel:
 
 
 def server_words(
-    model: Path, *, host: str, port: int, more: Sequence[str] = (), scoring: bool
+    model: Path,
+    *,
+    host: str,
+    port: int,
+    more: Sequence[str] = (),
+    scoring: bool,
+    sampling: bool = False,
 ) -> list[str]:
-    """Words behind the interpreter. ``scoring`` adds mopd's endpoint (`serving.vllm_app`)."""
+    """Words behind the interpreter. ``scoring`` adds mopd's endpoint (`serving.vllm_app`),
+    ``sampling`` that and what a sampler needs (`serving.vllm_sampling`)."""
     words = ["-m", MODULE, "--model", str(model), "--host", host, "--port", str(port)]
     words += ["--enable-scale-out"]  # serves /inference/v1/generate
-    if scoring:
+    if sampling:
+        words += ["--worker-extension-cls", "mopd.serving.vllm_weights.WeightsExtension"]
+        words += ["--middleware", "mopd.serving.vllm_sampling.SampleMiddleware"]
+        words += ["--logprobs-mode", "processed_logprobs"]
+    elif scoring:
         words += ["--worker-extension-cls", "mopd.serving.vllm_worker.RowsExtension"]
         words += ["--middleware", "mopd.serving.vllm_app.ScoreMiddleware"]
     return [*words, *more]
@@ -80,8 +91,6 @@ def started_words(served: ServedModel, *, port: int) -> list[str]:
         words += ["--tokenizer", served.tokenizer]
     if served.max_logprobs is not None:
         words += ["--max-logprobs", str(served.max_logprobs)]
-    if served.processed_logprobs:
-        words += ["--logprobs-mode", "processed_logprobs"]
     if served.dtype is not None:
         words += ["--dtype", served.dtype]
     if served.is_small:
@@ -92,6 +101,7 @@ def started_words(served: ServedModel, *, port: int) -> list[str]:
         port=port,
         more=[*words, *served.more],
         scoring=True,
+        sampling=served.processed_logprobs,
     )
 
 

@@ -138,7 +138,7 @@ class Student:
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, metrics=sums, skipped=skipped)
 
     def forward_logits(self, tokens: np.ndarray) -> torch.Tensor:
-        """Logits [B, L, vocab_size] of `tokens` [B, L] on every rank of the replica, for tests."""
+        """Logits [B, L, vocab_size] of `tokens` [B, L] on every rank of the replica."""
         lengths = np.full(len(tokens), tokens.shape[1], dtype=np.int64)
         micro_batch = MicroBatch(
             tokens=tokens, lengths=lengths, response_mask=np.zeros(tokens.shape, dtype=bool)
@@ -153,6 +153,14 @@ class Student:
             logits = torch.empty(size, dtype=model.dtype, device=topology.device)
         dist.broadcast(logits, src=topology.tail_rank, group=topology.replica_group)
         return logits[..., : model.vocab_size]
+
+    def logprobs(self, ids: np.ndarray, *, vocab_size: int) -> np.ndarray:
+        """[L - 1] float32: of the tokens of ``ids`` [L] but the first, among the first
+        ``vocab_size``. Collective over the replica, the same on all its ranks."""
+        scores = self.forward_logits(ids[None, :].astype(np.int64))[0, :-1, :vocab_size]
+        actual = torch.as_tensor(ids[1:], dtype=torch.int64, device=scores.device)
+        scores = torch.log_softmax(scores.float(), dim=-1)
+        return scores.gather(1, actual[:, None])[:, 0].cpu().numpy()
 
     def _run(
         self,

@@ -85,14 +85,18 @@ def run_vllm_server(
     port: int | None = None,
     more: Sequence[str] = (),
     variables: Mapping[str, str] | None = None,
+    sampling: bool = False,
 ) -> Iterator[VllmServer]:
     """Starts a server and always ends its whole process group, also when the tests die.
 
     Args:
         port: of an earlier server that this one replaces; None takes a free one.
+        sampling: takes weights and samples, as the servers of rollout.backend.
     """
     port = free_port() if port is None else port
-    words = server_words(model_dir, host="127.0.0.1", port=port, more=more, scoring=True)
+    words = server_words(
+        model_dir, host="127.0.0.1", port=port, more=more, scoring=True, sampling=sampling
+    )
     words += ["--served-model-name", MODEL_NAME, "--dtype", "float32", "--enforce-eager"]
     words += ["--max-model-len", str(MAX_MODEL_LEN), "--max-logprobs", str(MAX_LOGPROBS)]
     # The developer mode opens weight updates: loopback and tests only.

@@ -41,6 +41,24 @@ def relative(left: torch.Tensor, right: torch.Tensor) -> float:
     return float((left - right).abs().max() / right.abs().max())
 
 
+@pytest.mark.parametrize("name", ["one", "tp2-pp2"])
+def test_scores_of_a_text_are_transformers_own_on_every_rank(
+    models: dict[str, str], name: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model_dir, vocab_size = models[FAMILIES[0]], 61  # the tokenizer has fewer than the model
+    layout = {"one": ONE, **SHARDED}[name]
+    ids = np.random.default_rng(0).integers(0, vocab_size, 32)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    logits = model(torch.from_numpy(ids)[None]).logits.detach()[0, :-1, :vocab_size]
+    wanted = torch.log_softmax(logits, -1).gather(1, torch.from_numpy(ids[1:, None]))[:, 0]
+    run = Run(model_dir=model_dir, layout=layout)
+    for result in run_ranks(worlds.logprobs, layout.world_size, run, ids, vocab_size):
+        assert result.shape == (31,) and result.dtype == np.float32
+        np.testing.assert_allclose(result, wanted.numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["one", *SHARDED])
 def test_logits_equal_transformers(models: dict[str, str], family: str, name: str) -> None:

@@ -234,3 +234,8 @@ def round_trip(run: Run, out_dir: str) -> bool:
     student = build(run)
     save_hf(student.model, out_dir, source_dir=run.model_dir)
     return student.model.topology.is_lead
+
+
+def logprobs(run: Run, ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The probe's scores on every rank."""
+    return build(run).logprobs(ids, vocab_size=vocab_size)

@@ -16,6 +16,7 @@ from mopd.errors import ArtifactError, StaleWeightsError
 from mopd.rollout.base import exact_match, is_canonical, make_rollout
 from mopd.rollout.hf import HfSampler
 from mopd.rollout.replay import ReplaySampler
+from mopd.rollout.tasks import SamplingOptions
 from mopd.serving.generation import Generated
 from mopd.serving.journal import Journal
 from mopd.serving.models import load_causal_lm
@@ -46,15 +47,24 @@ def sampler(tiny_world: World, tokenizer: ChatTokenizer) -> Iterator[HfSampler]:
     built.close()
 
 
-def make_sampler(path: Path, tokenizer: ChatTokenizer, *, batch_size: int = 4) -> HfSampler:
+def make_sampler(
+    path: Path,
+    tokenizer: ChatTokenizer,
+    *,
+    batch_size: int = 4,
+    stop_token_ids: tuple[int, ...] = (),
+) -> HfSampler:
     return HfSampler(
         path,
         tokenizer=tokenizer,
         device=torch.device("cpu"),
-        seed=1,
-        temperature=1.0,
-        max_new_tokens=8,
-        num_generations=2,
+        options=SamplingOptions(
+            seed=1,
+            temperature=1.0,
+            max_new_tokens=8,
+            num_generations=2,
+            stop_token_ids=stop_token_ids,
+        ),
         batch_size=batch_size,
     )
 
@@ -192,3 +202,34 @@ def test_an_answer_is_right_when_its_text_is_and_its_turn_ended(tokenizer: ChatT
     assert spelled(tokenizer, own, stopped=False).reward == 0.0
     assert spelled(tokenizer, tokenizer.vocabulary.encode(b"ka bo")).reward == 0.0
     assert exact_match(PROMPTS[0], b"x", stopped=True) is None
+
+
+def test_stop_tokens_end_an_answer_and_are_left_out(
+    tiny_world: World, tokenizer: ChatTokenizer, sampler: HfSampler, weights: dict[str, Tensor]
+) -> None:
+    sampler.load_weights(weights.items(), version=0)
+    free = sampler.generate(PROMPTS, step=0, version=0)
+    stop = next(int(r.token_ids[2]) for r in free if len(r.token_ids) > 4)
+    stopping = make_sampler(tiny_world.student, tokenizer, stop_token_ids=(stop,))
+    stopping.load_weights(weights.items(), version=0)
+    cut = stopping.generate(PROMPTS, step=0, version=0)
+    assert any(rollout.finish_reason == "cut" for rollout in cut)
+    for whole, rollout in zip(free, cut, strict=True):
+        ids = whole.token_ids.tolist()
+        end = ids.index(stop) if stop in ids else len(ids)
+        assert rollout.token_ids.tolist() == ids[:end]
+        assert np.array_equal(rollout.logprobs, whole.logprobs[:end])
+        assert (rollout.finish_reason == "cut") == (stop in ids)
+    assert all(rollout.finish_reason != "cut" for rollout in free)
+    stopping.close()
+
+
+def test_the_probe_is_the_copys_own_score(
+    tokenizer: ChatTokenizer, sampler: HfSampler, weights: dict[str, Tensor]
+) -> None:
+    sampler.load_weights(weights.items(), version=0)
+    ids = np.arange(5, 20, dtype=np.int32)
+    before = sampler.probe(ids)
+    assert before.shape == (1, 14) and (before < 0).all()
+    sampler.load_weights({name: 2.0 * t for name, t in weights.items()}.items(), version=1)
+    assert np.abs(sampler.probe(ids) - before).max() > 1e-3

@@ -194,3 +194,11 @@ def test_the_start_command() -> None:
     assert environment["A"] == "b"
     assert environment[TOKEN_VARIABLE] == environment["VLLM_API_KEY"] == TOKEN
     assert not any(TOKEN in word for word in words)
+
+
+def test_the_start_command_of_a_server_that_samples() -> None:
+    words = server_words(Path("m"), host="h", port=1, more=["--x"], scoring=True, sampling=True)
+    assert words[-1] == "--x" and words.count("--middleware") == 1
+    assert "mopd.serving.vllm_sampling.SampleMiddleware" in words
+    assert "mopd.serving.vllm_weights.WeightsExtension" in words
+    assert words[words.index("--logprobs-mode") + 1] == "processed_logprobs"

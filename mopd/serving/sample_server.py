@@ -1,0 +1,168 @@
+"""The trainer's side of one server that samples: `serving.sampling` over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+
+from mopd.serving.http import (
+    BadReplyError,
+    HttpOptions,
+    HttpServer,
+    RefusedError,
+    RetryableError,
+    api_key,
+)
+from mopd.serving.sampling import (
+    LOGPROBS_PATH,
+    SAMPLE_PATH,
+    WEIGHTS_PATH,
+    EngineFacts,
+    Sampled,
+    SampleRequest,
+    Update,
+    decode_answer,
+    encode_request,
+    encode_update,
+)
+from mopd.serving.versions import is_version
+
+T = TypeVar("T")
+
+SMALL_REPLY = 1 << 20
+TOKEN_BYTES = 64  # of one token of an answer, at most: an id and a float in JSON
+HEALTH_PAUSE_S = 0.5
+START_WORDS = (
+    "start vLLM with --worker-extension-cls mopd.serving.vllm_weights.WeightsExtension "
+    "--middleware mopd.serving.vllm_sampling.SampleMiddleware (docs/samplers.md)"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleServerOptions:
+    """``update_s`` is the deadline of an update, which may move gigabytes."""
+
+    deadline_s: float
+    update_s: float
+    start_s: float
+    max_outstanding: int
+    api_key_env: str | None = None
+    served_model: str | None = None
+    connect_s: float = 5.0
+
+
+class _Logprobs(msgspec.Struct):
+    logprobs: list[float]
+    version: str | None
+
+
+class SampleServer:
+    """One server. All methods raise RetryableError, RefusedError or BadReplyError."""
+
+    def __init__(self, url: str, options: SampleServerOptions) -> None:
+        self._options = options
+        self._http, self._slow = (self._client(url, s) for s in (options.deadline_s, None))
+        self.url = self._http.url
+
+    def _client(self, url: str, deadline_s: float | None) -> HttpServer:
+        options = self._options
+        # an update ends at its own deadline, and says so; this is for a server that hangs
+        deadline_s = options.update_s + options.deadline_s if deadline_s is None else deadline_s
+        return HttpServer(
+            url,
+            HttpOptions(
+                deadline_s=deadline_s,
+                connect_s=min(options.connect_s, options.deadline_s),
+                max_connections=options.max_outstanding + 2,
+                key=api_key(options.api_key_env),
+            ),
+        )
+
+    async def start(self) -> EngineFacts:
+        """What the server is, as soon as it is healthy, within ``start_s``."""
+        await self._http.resolve()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._options.start_s
+        while True:
+            try:
+                await self._http.request("GET", "/health", max_bytes=SMALL_REPLY)
+                return await self.facts()
+            except RetryableError:
+                if loop.time() >= end:
+                    raise
+                await asyncio.sleep(HEALTH_PAUSE_S)
+
+    async def facts(self) -> EngineFacts:
+        """What the server is, and the version that it holds now."""
+        try:
+            body = await self._http.request("GET", WEIGHTS_PATH, max_bytes=SMALL_REPLY)
+        except RefusedError as error:
+            if error.reason != "status_4xx":
+                raise
+            raise RefusedError(
+                self.url, "paths", f"has no {WEIGHTS_PATH}; {START_WORDS}"
+            ) from error
+        facts = self._decoded(body, EngineFacts)
+        wanted = self._options.served_model
+        if wanted not in (None, facts.served_model):
+            raise RefusedError(
+                self.url,
+                "model",
+                f"serves {facts.served_model!r} and not {wanted!r}; correct served_model",
+            )
+        if facts.version is not None and not is_version(facts.version):
+            raise BadReplyError(self.url, "json", f"{facts.version[:80]!r} is no version")
+        return facts
+
+    async def sample(self, request: SampleRequest) -> tuple[str | None, list[Sampled]]:
+        """As `decode_answer`."""
+        tokens = len(request.tasks) * request.options.max_tokens
+        body = await self._http.request(
+            "POST",
+            SAMPLE_PATH,
+            encode_request(request),
+            max_bytes=SMALL_REPLY + TOKEN_BYTES * tokens,
+        )
+        try:
+            return decode_answer(body, request)
+        except ValueError as error:
+            raise BadReplyError(self.url, "json", f"a reply of another shape: {error}") from error
+
+    async def logprobs(self, ids: Sequence[int]) -> tuple[str | None, np.ndarray]:
+        """The version and [L - 1] float32: of the tokens of ``ids`` [L] but the first."""
+        body = await self._http.request(
+            "POST",
+            LOGPROBS_PATH,
+            json.dumps({"ids": list(map(int, ids))}).encode(),
+            max_bytes=SMALL_REPLY + TOKEN_BYTES * len(ids),
+        )
+        found = self._decoded(body, _Logprobs)
+        if len(found.logprobs) != len(ids) - 1 or not all(map(math.isfinite, found.logprobs)):
+            raise BadReplyError(self.url, "json", "log-probabilities of another text")
+        return found.version, np.asarray(found.logprobs, dtype=np.float32)
+
+    async def update(self, update: Update) -> None:
+        """Returns when the server holds ``update.version``."""
+        body = await self._slow.request(
+            "POST", WEIGHTS_PATH, encode_update(update), max_bytes=SMALL_REPLY
+        )
+        version = self._decoded(body, EngineFacts).version
+        if version != update.version:
+            raise RetryableError(self.url, "version", f"took {update.version} and has {version}")
+
+    def _decoded(self, body: bytes, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+            raise BadReplyError(self.url, "json", f"a reply of another shape: {error}") from error
+
+    async def close(self) -> None:
+        for client in (self._http, self._slow):
+            await client.close()
