@@ -94,6 +94,12 @@ class VllmSampler:
     def events(self) -> Counter[str]:
         return self._fleet.events
 
+    def drain(self) -> dict[str, dict[str, int]]:
+        """`events` since the last call, for the metrics ``requests/rollout/<why>``."""
+        found = {"requests": dict(self.events)}
+        self.events.clear()
+        return found
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Takes every parameter of the student under its Hugging Face name.
 

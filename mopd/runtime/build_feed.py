@@ -64,7 +64,6 @@ def build_feed(
     )
     return Feed(
         ahead=Ahead(gatherer, lag=config.rollout.max_staleness, num_steps=config.train.steps),
-        pool=pool,
         student=student,
         aligner=_aligner(config, found, tokenizers, objective, topology),
         books=books,

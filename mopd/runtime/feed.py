@@ -20,7 +20,6 @@ from mopd.runtime.gather import Gathered
 from mopd.runtime.ledger import Ledger
 from mopd.serving.journal import Journal
 from mopd.serving.replies import ReplyJournal
-from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Rollout, StepBatch
 
@@ -56,7 +55,6 @@ class Feed:
         self,
         *,
         ahead: Ahead,
-        pool: TeacherPool,
         student: ChatTokenizer,
         aligner: Aligner,
         books: Books,
@@ -65,7 +63,6 @@ class Feed:
     ) -> None:
         self.ahead = ahead
         self.books = books
-        self._pool = pool
         self._student = student
         self._aligner = aligner
         self._options = options
@@ -130,7 +127,7 @@ class Feed:
         for per_teacher in gathered.scores:
             for name, scores in per_teacher.items():
                 tally.add(f"scored/{name}", float(scores.valid.sum()), len(scores.valid))
-        for name, count in self._pool.troubles().items():
+        for name, count in gathered.troubles.items():
             tally.add(name, float(count))
         if gathered.rescored is not None:
             tally.add("rescored/nats", gathered.rescored.nats)

@@ -18,7 +18,7 @@ from mopd.runtime.data import PromptSource
 from mopd.runtime.ledger import Ledger
 from mopd.serving.journal import Journal
 from mopd.serving.replies import Difference, ReplyJournal
-from mopd.teachers.base import Writer
+from mopd.teachers.base import Counting, Writer
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout, Source, TeacherScores
@@ -50,6 +50,7 @@ class Gathered:
     dropped: Mapping[str, int] = field(default_factory=dict)  # answers by reason
     rescored: Difference | None = None  # against the digest of an earlier score
     times: Mapping[str, Metric] = field(default_factory=dict)
+    troubles: Mapping[str, int] = field(default_factory=dict)  # kind/who/why -> number
 
 
 class Gatherer:
@@ -116,7 +117,16 @@ class Gatherer:
             dropped=dropped,
             rescored=difference,
             times=self._spans.drain(),
+            troubles=self._troubles(),
         )
+
+    def _troubles(self) -> dict[str, int]:
+        """What went wrong at teachers and samplers since the last step."""
+        found = self._pool.troubles()
+        if isinstance(self._sampler, Counting):
+            for kind, counts in self._sampler.drain().items():
+                found |= {f"{kind}/rollout/{reason}": count for reason, count in counts.items()}
+        return found
 
     def _share(self, prompts: list[Prompt]) -> list[Prompt]:
         """A contiguous part: prompts alternate between domains, so each replica has them all."""

@@ -58,9 +58,9 @@ def log_step(
 
 def warnings_of(line: Mapping[str, float], teachers: Iterable[str]) -> Iterator[str]:
     """What somebody should look at in a step's line of metrics."""
-    if line["masked"] > MASKED_WARNING:
+    if (masked := line.get("masked", 0.0)) > MASKED_WARNING:
         yield (
-            f"{line['masked']:.0%} of the response tokens have no teacher; the policy may be "
+            f"{masked:.0%} of the response tokens have no teacher; the policy may be "
             "leaving the text that teachers can read"
         )
     for name in teachers:

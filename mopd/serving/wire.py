@@ -6,7 +6,7 @@ vocabulary is sent), top-k log-probabilities, log-probability of the actual toke
 outside the top-k, log-sum-exp at 1 and at the temperature. A row at K = 64 is 528 bytes.
 
 With ``wire="fp16"`` the top-k log-probabilities alone are half precision: their error is at most
-2**-11 of their value (0.004 at -8), a row is 400 bytes. Finite values stay finite.
+2**-11 of their value (0.004 at -8) or 2**-25, a row is 400 bytes. Finite values stay finite.
 
 Shapes: N rows of all sequences, K listed tokens.
 """

@@ -116,7 +116,6 @@ def run(
     )
     feed = Feed(
         ahead=Ahead(gatherer, lag=0, num_steps=1),
-        pool=pool,
         student=STUDENT,
         aligner=Aligner(
             student=STUDENT,

@@ -97,6 +97,9 @@ class Pool:
             raise Killed
         return [{} for _ in rollouts]
 
+    def troubles(self) -> dict[str, int]:
+        return {}
+
 
 def start(folder: Path, weather: Weather) -> tuple[Ahead, Sampler, Ledger, Journal]:
     ledger, sampler = Ledger(), Sampler(weather)

@@ -27,3 +27,7 @@ def test_each_cause_has_its_warning(changes: dict[str, float], text: str) -> Non
     assert warnings() == []
     (found,) = warnings(**changes)
     assert text in found
+
+
+def test_a_step_without_a_token_has_nothing_to_warn_of() -> None:
+    assert list(warnings_of({}, ["sort"])) == []
