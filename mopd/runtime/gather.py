@@ -212,7 +212,7 @@ class Gatherer:
                 return name
         raise ConfigError(
             f"rollout.off_policy=teacher: no teacher of prompt {prompt.id} can write an answer; "
-            "give one backend.type hf, or take off_policy=dataset"
+            "give one backend.type hf or vllm, or take off_policy=dataset"
         )
 
     def _drop(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Counter[str]]:

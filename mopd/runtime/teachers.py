@@ -24,12 +24,14 @@ from mopd.serving.protocols import (
     VllmCompletions,
     VllmGenerate,
 )
-from mopd.serving.replicas import Replicas, RetryOptions
+from mopd.serving.replicas import Replicas
+from mopd.serving.retry import RetryOptions
 from mopd.teachers.base import Teacher
 from mopd.teachers.hf import HfOptions, HfTeacher, check_model
 from mopd.teachers.pool import TeacherPool
 from mopd.teachers.remote import RemoteOptions, RemoteTeacher, names_of
 from mopd.teachers.uniform import UniformTeacher
+from mopd.teachers.writing import WritingTeacher
 from mopd.tokens.chat import ChatTokenizer
 
 # Whole rows of one teacher over the wire, per step: answers as long as they may be, in fp32.
@@ -128,7 +130,8 @@ def _remote(
     )
     endpoints = [Endpoint(url, options) for url in backend.urls]
     try:
-        return RemoteTeacher(
+        kind = WritingTeacher if backend.type == "vllm" else RemoteTeacher
+        return kind(
             name,
             Replicas(name, endpoints, options=retry, seed=config.run.seed),
             tokenizer=tokenizer,

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from mopd.serving import drafts
+from mopd.serving.drafts import Draft
 from mopd.serving.http import (
     BadReplyError,
     HttpOptions,
@@ -166,6 +168,24 @@ class Endpoint:
         if self._http.reconnected:
             await self._verify()
         return reply
+
+    async def write(self, draft: Draft) -> tuple[np.ndarray, bool]:
+        """A text [S] in ids, and whether its turn ended. For vLLM servers.
+
+        Raises:
+            RetryableError, RefusedError, BadReplyError, and what ``probe`` raises.
+        """
+        if self._unverified():
+            await self._verify()
+        body = await self._http.request(
+            "POST", drafts.PATH, draft.body(self.model), max_bytes=draft.max_bytes
+        )
+        if self._http.reconnected:
+            await self._verify()
+        try:
+            return draft.read(body)
+        except ValueError as error:
+            raise BadReplyError(self.url, "json", f"a reply of another shape: {error}") from error
 
     async def _verify(self) -> None:
         """One probe for all requests that wait for it."""

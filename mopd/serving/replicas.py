@@ -7,16 +7,20 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError, wait
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from mopd.errors import TeacherError, TeacherExhausted
+from mopd.serving.drafts import Draft
 from mopd.serving.endpoint import Endpoint
 from mopd.serving.http import BadReplyError, RefusedError, RetryableError, ServerError
 from mopd.serving.reply import ArrayRows, Entries
+from mopd.serving.retry import RetryOptions
 from mopd.serving.scoring import ScoredSequence
 
 T = TypeVar("T")
@@ -28,25 +32,6 @@ SLACK_S = 30.0  # of waits that end by themselves earlier
 START_REQUESTS = 64  # of the checks of one server, at most
 CLOSE_S = 5.0
 GLANCE_S = 0.5  # between two looks at whether the thread still lives
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryOptions:
-    """When a request is given up.
-
-    Args:
-        max_retries: further tries of one request.
-        restart_budget_s: how long all replicas may be away, however many tries that takes.
-        entries_per_request: tokens times k of one request, so that a reply stays small.
-        pause_s: before the first retry; it doubles, with a jitter, up to `MAX_PAUSE_S`.
-    """
-
-    max_outstanding: int
-    max_retries: int
-    restart_budget_s: float
-    entries_per_request: int = 1 << 17
-    prompts_per_request: int = 32
-    pause_s: float = 0.1
 
 
 @dataclass(slots=True)
@@ -158,7 +143,8 @@ class Replicas:
             TeacherError: a server that is not the one it was, or refuses us altogether.
         """
         groups = self._groups(prompts, k)
-        found = self.run(self._all(groups, k), patience_s=self._patience_s)
+        works = [self._group(group, k) for group in groups]
+        found = self.run(_all(works), patience_s=self._patience_s)
         return [one for group in found for one in group]
 
     def _groups(
@@ -178,15 +164,20 @@ class Replicas:
             room -= size
         return groups
 
-    async def _all(
-        self, groups: list[list[ScoredSequence]], k: int | None
-    ) -> list[list[Entries | ArrayRows | str]]:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self._group(group, k)) for group in groups]
-        except BaseExceptionGroup as errors:
-            raise _first(errors) from errors
-        return [task.result() for task in running]
+    def write(self, drafts: Sequence[Draft]) -> list[tuple[np.ndarray, bool]]:
+        """Per draft, in order: the ids of its text, and whether its turn ended.
+
+        Raises:
+            TeacherError: as `score`, and where a draft is refused.
+        """
+
+        async def one(draft: Draft) -> tuple[np.ndarray, bool]:
+            try:
+                return await self._tries(lambda endpoint: endpoint.write(draft))
+            except (BadReplyError, RefusedError) as error:
+                raise TeacherError(f"teachers.{self.name}: {error}") from error
+
+        return self.run(_all([one(draft) for draft in drafts]), patience_s=self._patience_s)
 
     async def _group(
         self, group: list[ScoredSequence], k: int | None
@@ -194,7 +185,7 @@ class Replicas:
         """One request; where its reply is no good, one for each prompt, so that one cannot spoil
         the others."""
         try:
-            return list(await self._tries(group, k))
+            return list(await self._tries(lambda endpoint: endpoint.score(group, k)))
         except (BadReplyError, RefusedError) as error:
             if error.reason in FATAL:
                 raise TeacherError(f"teachers.{self.name}: {error}") from error
@@ -202,14 +193,14 @@ class Replicas:
                 return [error.reason]
         return [one for prompt in group for one in await self._group([prompt], k)]
 
-    async def _tries(self, group: list[ScoredSequence], k: int | None) -> list[Entries | ArrayRows]:
+    async def _tries(self, ask: Callable[[Endpoint], Awaitable[T]]) -> T:
         began, tries = time.monotonic(), 0
         try:
             while True:
                 state = await self._acquire(began)
                 try:
                     async with _deadline(state.endpoint):
-                        found = await state.endpoint.score(group, k)
+                        found = await ask(state.endpoint)
                 except ServerError as error:
                     tries += 1
                     self._failed(state, error)
@@ -339,6 +330,16 @@ async def _deadline(endpoint: Endpoint) -> AsyncIterator[None]:
             f"no answer within {endpoint.deadline_s:g} s, with the check of a new connection; "
             "raise backend.deadline_s, or look at the server",
         ) from error
+
+
+async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All of them, or the first error."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(work) for work in works]
+    except BaseExceptionGroup as errors:
+        raise _first(errors) from errors
+    return [task.result() for task in running]
 
 
 def _first(errors: BaseException) -> BaseException:

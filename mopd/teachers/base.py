@@ -68,6 +68,15 @@ class Writer(Protocol):
     ) -> list[tuple[bytes, bool]]: ...
 
 
+def share_right(prompts: Sequence[Prompt], texts: Sequence[tuple[bytes, bool]]) -> float | None:
+    """Exact matches among finished answers to checkable prompts; None where there are none."""
+    right = [
+        stopped and text.strip() == (prompt.answer or "").encode().strip()
+        for prompt, (text, stopped) in zip(prompts, texts, strict=True)
+    ]
+    return float(np.mean(right)) if right else None
+
+
 def teacher_messages(prompt: Prompt, privileged: PrivilegedSection | None) -> tuple[Message, ...]:
     """The chat as the teacher reads it: with its own system message, and with its prefix and the
     row's private field before the first user message.

@@ -14,7 +14,7 @@ from mopd.config.schema import PrivilegedSection
 from mopd.errors import ConfigError
 from mopd.serving.generation import Generated, generate, sampling_stream
 from mopd.serving.models import load_causal_lm, model_fingerprint, model_limits
-from mopd.teachers.base import TeacherInput, teacher_input, teacher_messages
+from mopd.teachers.base import TeacherInput, share_right, teacher_input, teacher_messages
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout, TeacherScores
 
@@ -150,16 +150,8 @@ class HfTeacher:
     def accuracy(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> float | None:
         """Greedy exact match on prompts with a checkable answer; None where there are none."""
         checkable = [prompt for prompt in prompts if prompt.answer is not None]
-        if not checkable:
-            return None
         answers = self._answer(checkable, max_new_tokens=max_new_tokens, temperature=1.0)
-        right = [
-            answer.stopped
-            and self.tokenizer.vocabulary.decode(answer.token_ids).strip()
-            == (prompt.answer or "").encode().strip()
-            for prompt, answer in zip(checkable, answers, strict=True)
-        ]
-        return float(np.mean(right))
+        return share_right(checkable, self._texts(answers))
 
     def write(
         self,
@@ -176,6 +168,9 @@ class HfTeacher:
             temperature=temperature,
             streams=[sampling_stream(key, max_new_tokens) for key in keys],
         )
+        return self._texts(answers)
+
+    def _texts(self, answers: Sequence[Generated]) -> list[tuple[bytes, bool]]:
         decode = self.tokenizer.vocabulary.decode
         return [(decode(answer.token_ids), answer.stopped) for answer in answers]
 

@@ -11,6 +11,7 @@ import threading
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,12 @@ class StubServer:
             if path == GENERATE and not self.options.generate:
                 await send_json(writer, {"error": {"message": "disabled"}}, status=403)
                 return True
-            return await self._lists(writer, path, json.loads(body), headers)
+            asked = json.loads(body)
+            if asked.get("seed") is not None:
+                return await self._answer(
+                    writer, asked, headers, None, partial(send_json, writer, self._written(asked))
+                )
+            return await self._lists(writer, path, asked, headers)
         else:
             await self._about(writer, path, body)
         return True
@@ -266,6 +272,21 @@ class StubServer:
             await send(writer, message.encoded(), headers={"Content-Type": CONTENT_TYPE})
 
         return await self._answer(writer, json.loads(body), headers, message, answer)
+
+    def _written(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """A text drawn token by token, or greedy at temperature 0."""
+        random = np.random.default_rng(asked["seed"])
+        ids, found = list(asked["prompt"]), []
+        while len(found) < asked["max_tokens"] and not (
+            found and found[-1] in asked["stop_token_ids"]
+        ):
+            row = self._scorer([*ids, *found, 0])[-1].astype(np.float64)
+            if asked["temperature"] == 0.0:
+                found.append(int(row.argmax()))
+            else:
+                chances = np.exp((row - row.max()) / asked["temperature"])
+                found.append(int(random.choice(len(row), p=chances / chances.sum())))
+        return {"model": self.options.model, "choices": [{"index": 0, "token_ids": found}]}
 
     async def _lists(
         self,

@@ -12,8 +12,10 @@ from mopd.rollout.base import make_rollout
 from mopd.runtime.teachers import protocols
 from mopd.serving.endpoint import Endpoint, EndpointOptions
 from mopd.serving.generation import Generated
-from mopd.serving.replicas import Replicas, RetryOptions
+from mopd.serving.replicas import Replicas
+from mopd.serving.retry import RetryOptions
 from mopd.teachers.remote import RemoteOptions, RemoteTeacher
+from mopd.teachers.writing import WritingTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout
 
@@ -65,7 +67,7 @@ def remote_teacher(
         options=RetryOptions(max_outstanding=options.max_outstanding, **again),
         seed=0,
     )
-    return RemoteTeacher(
+    return (WritingTeacher if shape == "vllm" else RemoteTeacher)(
         "sort",
         replicas,
         tokenizer=tokenizer,
