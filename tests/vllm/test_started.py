@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 from mopd.demo import World
 from mopd.runtime.servers import KEY_VARIABLE
 from tests.helpers.runs import ROOT, command, environment, launch, step_lines, words
+from tests.helpers.started import RUN_SECONDS, servers_of, wait_for_steps
 from tests.helpers.vllm_server import MAX_MODEL_LEN, vllm_python
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.e2e]
@@ -25,30 +25,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.e2e]
 STEPS = 24
 TOLERANCE = 1e-3
 COMPARED = ("loss", "loss/sort", "loss/upper", "kl/sort", "masked")
-RUN_SECONDS = 280.0
 
 
 def overrides(world: World, directory: Path, name: str, **keys: Any) -> list[str]:
     few = {"train__steps": STEPS, "evaluate__max_prompts_per_domain": 4}
     return words(world, directory, name, distillation__top_k=16, **few, **keys)
-
-
-def wait_for_steps(process: subprocess.Popen[str], metrics: Path, count: int) -> None:
-    deadline = time.monotonic() + RUN_SECONDS
-    while not metrics.exists() or metrics.read_text().count("\n") < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def servers_of(trainer: int) -> list[psutil.Process]:
-    """The leaders of vLLM's process groups: children of the guards."""
-    guards = [
-        child
-        for child in psutil.Process(trainer).children()
-        if any(word.endswith("guard.py") for word in child.cmdline())
-    ]
-    return [server for guard in guards for server in guard.children()]
 
 
 def listening(family: list[psutil.Process]) -> set[str]:
