@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -81,15 +82,15 @@ def build_run(config: RunConfig) -> Run:
     Raises:
         ConfigError: before any model is loaded where the data or a tokenizer is wrong.
     """
-    servers = Servers(config)
-    try:
-        return _build_run(config, servers)
-    except BaseException:
-        servers.close()
-        raise
+    with ExitStack() as opened:  # what a start that fails leaves behind
+        servers = Servers(config)
+        opened.callback(servers.close)
+        run = _build_run(config, servers, opened)
+        opened.pop_all()
+    return run
 
 
-def _build_run(config: RunConfig, servers: Servers) -> Run:
+def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
     backend = get_device(config.run.device)
     torch.set_num_threads(config.run.threads or _threads_per_rank(config))
     router = Router(config.teachers, config.distillation)
@@ -114,9 +115,11 @@ def _build_run(config: RunConfig, servers: Servers) -> Run:
     spans = Spans()
     if topology.is_lead:
         sampler = build_sampler(config, tokenizers.student, topology, directory=directory)
+        opened.callback(sampler.close)
         pool = build_pool(
             config, tokenizers.teachers, student=tokenizers.student, device=topology.device
         )
+        opened.callback(pool.close)
         feed = build_feed(
             config,
             found,

@@ -17,7 +17,7 @@ from mopd.rollout.replay import recorded_rollout
 from mopd.runtime.data import PromptSource
 from mopd.runtime.ledger import Ledger
 from mopd.serving.journal import Journal
-from mopd.serving.replies import Difference, ReplyJournal
+from mopd.serving.replies import Difference, Replies, ReplyJournal
 from mopd.teachers.base import Counting, Writer
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
@@ -99,16 +99,21 @@ class Gatherer:
         """With the replies of every teacher that was asked."""
         kept, dropped = self._drop(step, rollouts)
         index = [i for i, rollout in enumerate(kept) if rollout.loss_mask.any()]
-        found = self._replies.read(step, len(index))
+        asked = [kept[i] for i in index]
+        replies = self._replies.read(step, asked)
         difference = None
-        if found is None:
+        troubles: dict[str, int] = {}
+        if replies is None:
             with self._spans("teachers"):
-                found = self._pool.score([kept[i] for i in index])
-            difference = self._replies.compare(step, found)
+                found = self._pool.score(asked)
+            difference = self._replies.compare(step, asked, found)
+            troubles = self._troubles()
+            missing = {name: n for name, n in troubles.items() if name.startswith("missing/")}
+            replies = Replies(scores=found, missing=missing)
             with self._spans("journal"):
-                self._replies.append(step, found)
+                self._replies.append(step, asked, replies)
         scores: list[Mapping[str, TeacherScores]] = [{} for _ in kept]
-        for i, per_teacher in zip(index, found, strict=True):
+        for i, per_teacher in zip(index, replies.scores, strict=True):
             scores[i] = per_teacher
         return Gathered(
             step=step,
@@ -117,7 +122,7 @@ class Gatherer:
             dropped=dropped,
             rescored=difference,
             times=self._spans.drain(),
-            troubles=self._troubles(),
+            troubles=troubles | replies.missing,
         )
 
     def _troubles(self) -> dict[str, int]:

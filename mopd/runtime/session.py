@@ -19,13 +19,15 @@ from mopd.runtime.build import build_run
 from mopd.runtime.loop import refuse_if_not_learned, train
 from mopd.runtime.servers import is_failed_start
 from mopd.runtime.signals import Interrupt
+from mopd.runtime.teachers import recognise
 from mopd.runtime.watchdog import Watchdog
 from mopd.student.parallel import shutdown
 
 # How servers are reached: what the remedies for servers that failed ask to change.
 _REACHED = (
     *("urls", "api_key_env", "deadline_s", "start_s", "max_retries", "max_outstanding"),
-    *("restart_budget_s", "server"),
+    *("restart_budget_s", "server", "served_model", "entries_per_request"),
+    *("tolerance", "canary_interval", "probe_tolerance"),
 )
 # Keys that may differ when a run is continued: they change nothing that is computed.
 _FREE = (
@@ -70,6 +72,8 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
 
     run = dataclasses.replace(run, finished=progress)
     try:
+        if run.pool is not None and run.topology.dp_rank == 0:
+            recognise(directory, run.pool.teachers)
         with interrupt, watchdog:
             summary = dataclasses.replace(train(run, sink), world=world)
     finally:
@@ -77,6 +81,8 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
             run.feed.close()
         if run.pool is not None:
             run.pool.close()
+        if run.sampler is not None:
+            run.sampler.close()
         run.servers.close()
         sink.close()
         shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from jinja2 import TemplateError
 from mopd.config.backends import TeacherBackendSection
 from mopd.config.schema import PrivilegedSection, RunConfig
 from mopd.errors import ConfigError, TeacherError
+from mopd.metrics.text import replace_file
 from mopd.runtime.payloads import active_teachers
 from mopd.serving.endpoint import Endpoint, EndpointOptions
 from mopd.serving.protocols import (
@@ -26,7 +28,7 @@ from mopd.serving.protocols import (
 )
 from mopd.serving.replicas import Replicas
 from mopd.serving.retry import RetryOptions
-from mopd.teachers.base import Teacher
+from mopd.teachers.base import Known, Teacher
 from mopd.teachers.hf import HfOptions, HfTeacher, check_model
 from mopd.teachers.pool import TeacherPool
 from mopd.teachers.remote import RemoteOptions, RemoteTeacher, names_of
@@ -197,6 +199,25 @@ def _check_privileged(name: str, section: PrivilegedSection, tokenizer: ChatToke
             f"teachers.{name}.privileged.system: its chat template leaves a system message out; "
             "use privileged.prefix"
         )
+
+
+def recognise(directory: Path, teachers: Mapping[str, Teacher]) -> None:
+    """Notes who the teachers of a run are, and refuses to go on with others.
+
+    Raises:
+        ConfigError: a teacher is not the one that the run began with.
+    """
+    path = directory / "teachers.json"
+    known = {name: one for name, one in teachers.items() if isinstance(one, Known)}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, teacher in known.items():
+        if name in before and (problem := teacher.differs(before[name])):
+            raise ConfigError(
+                f"teachers.{name}: is not the teacher that {directory} began with: it {problem}; "
+                "start the same model, or train under another run.name"
+            )
+    found = {name: teacher.identity() for name, teacher in known.items()}
+    replace_file(path, json.dumps(found | before) + "\n")
 
 
 def custom(target: str | None, **arguments: Any) -> Any:

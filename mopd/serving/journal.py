@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,13 @@ def journal_path(run: Path, replica: int) -> Path:
 
 def drop_stale_journals(run: Path, *, num_replicas: int) -> None:
     """Removes what a start with more replicas left behind; it would be replayed otherwise."""
-    current = {journal_path(run, replica) for replica in range(num_replicas)}
-    for path in (run / "journal").glob("rollouts-*.jsonl"):
-        if path not in current:
-            path.unlink()
+    for path in list((run / "journal").glob("*")):
+        kind, _, replica = path.name.partition(".")[0].partition("-")
+        if kind in ("rollouts", "replies") and int(replica) >= num_replicas:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def read_journal(path: Path) -> dict[tuple[int, str, int], Record]:

@@ -1,8 +1,9 @@
 """Teachers' replies on disk, one file a step, so that a killed run goes on with the same ones.
 
 ``replies-<replica>/<step>.safetensors`` holds the arrays of all `TeacherScores` of a step;
-``replies-<replica>.jsonl`` a line a step: the file's SHA-256, and per teacher what a new score of
-the same answers is compared with. Steps before the oldest checkpoint are removed.
+``replies-<replica>.jsonl`` a line a step: which answers they are about, the file's SHA-256, and per
+teacher what a new score of the same answers is compared with. Steps before the oldest checkpoint
+are removed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from mopd.errors import ArtifactError
-from mopd.types import TeacherScores
+from mopd.types import Rollout, TeacherScores
 
 Level = Literal["full", "digest", "off"]
 Scores = Sequence[Mapping[str, TeacherScores]]
@@ -38,8 +40,19 @@ class Difference:
     nats: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replies:
+    """What teachers said of a step's answers, in their order, and what they left out."""
+
+    scores: list[dict[str, TeacherScores]]
+    missing: dict[str, int]
+
+
 class ReplyJournal:
-    """``full`` keeps replies up to ``max_bytes`` and digests beyond, ``digest`` only those."""
+    """``full`` keeps replies up to ``max_bytes`` and digests beyond, ``digest`` only those.
+
+    One thread appends while another prunes.
+    """
 
     def __init__(self, folder: Path, replica: int, *, level: Level, max_bytes: float) -> None:
         self._folder = folder / f"replies-{replica}"
@@ -48,6 +61,7 @@ class ReplyJournal:
         self._max_bytes = max_bytes
         self._notes: dict[int, dict[str, Any]] = {}
         self._sizes: dict[int, int] = {}
+        self._lock = threading.Lock()
         if level != "off":
             self._folder.mkdir(parents=True, exist_ok=True)
             self._sizes = {
@@ -58,45 +72,61 @@ class ReplyJournal:
     @property
     def num_bytes(self) -> int:
         """Size of the replies on disk."""
-        return sum(self._sizes.values())
+        with self._lock:
+            return sum(self._sizes.values())
 
-    def append(self, step: int, scores: Scores) -> None:
+    def append(self, step: int, rollouts: Sequence[Rollout], replies: Replies) -> None:
         """Durable when this returns."""
         if self._level == "off":
             return
-        note: dict[str, Any] = {"step": step, "teachers": _digest(scores)}
-        if self._level == "full":
-            content = _encode(scores)
-            if self.num_bytes + len(content) <= self._max_bytes:
-                _write(self._file(step), content)
-                self._sizes[step] = len(content)
-                note["sha256"] = hashlib.sha256(content).hexdigest()
-        self._notes[step] = note
-        with self._digests.open("a", encoding="ascii") as file:
-            file.write(json.dumps(note, separators=(",", ":")) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        note: dict[str, Any] = {
+            "step": step,
+            "answers": _answers(rollouts),
+            "teachers": _digest(replies.scores),
+            "missing": replies.missing,
+        }
+        with self._lock:
+            if self._level == "full":
+                content = _encode(replies.scores)
+                if sum(self._sizes.values()) + len(content) <= self._max_bytes:
+                    _write(self._file(step), content)
+                    self._sizes[step] = len(content)
+                    note["sha256"] = hashlib.sha256(content).hexdigest()
+            self._notes[step] = note
+            with self._digests.open("a", encoding="ascii") as file:
+                file.write(_line(note))
+                file.flush()
+                os.fsync(file.fileno())
 
-    def read(self, step: int, num_rollouts: int) -> list[dict[str, TeacherScores]] | None:
-        """The replies of ``step``; None where they were not kept.
+    def read(self, step: int, rollouts: Sequence[Rollout]) -> Replies | None:
+        """What was said of ``rollouts``; None where it was not kept, or is about other answers.
 
         Raises:
             ArtifactError: the file is not what was written.
         """
-        digest = self._notes.get(step, {}).get("sha256")
-        path = self._file(step)
-        if digest is None or step not in self._sizes:
-            return None
-        content = path.read_bytes()
+        with self._lock:
+            note = self._about(step, rollouts)
+            digest = note.get("sha256")
+            if digest is None or step not in self._sizes:
+                return None
+            path = self._file(step)
+            content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
             raise ArtifactError(
                 f"{path}: damaged; delete it, and the answers of step {step} are scored again"
             )
-        return _decode(content, num_rollouts, path)
+        scores = _decode(content, len(rollouts), path)
+        return Replies(scores=scores, missing=dict(note["missing"]))
 
-    def compare(self, step: int, scores: Scores) -> Difference | None:
+    def _about(self, step: int, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+        """The note of ``step``; empty where it is about other answers, of another layout."""
+        note = self._notes.get(step, {})
+        return note if note.get("answers") == _answers(rollouts) else {}
+
+    def compare(self, step: int, rollouts: Sequence[Rollout], scores: Scores) -> Difference | None:
         """New scores against the digest of the old; None where there is none."""
-        noted = self._notes.get(step, {}).get("teachers")
+        with self._lock:
+            noted = self._about(step, rollouts).get("teachers")
         if noted is None:
             return None
         other, nats = 0, 0.0
@@ -111,15 +141,30 @@ class ReplyJournal:
         """Forgets the steps before ``oldest``: no checkpoint needs them."""
         if self._level == "off":
             return
-        for step in [step for step in self._sizes if step < oldest]:
-            self._file(step).unlink(missing_ok=True)
-            del self._sizes[step]
-        self._notes = {step: note for step, note in self._notes.items() if step >= oldest}
-        lines = [json.dumps(n, separators=(",", ":")) + "\n" for n in self._notes.values()]
-        _write(self._digests, "".join(lines).encode("ascii"))
+        with self._lock:
+            for step in [step for step in self._sizes if step < oldest]:
+                self._file(step).unlink(missing_ok=True)
+                del self._sizes[step]
+            self._notes = {step: note for step, note in self._notes.items() if step >= oldest}
+            _write(self._digests, "".join(map(_line, self._notes.values())).encode("ascii"))
 
     def _file(self, step: int) -> Path:
         return self._folder / f"{step:08d}.safetensors"
+
+
+def _line(note: dict[str, Any]) -> str:
+    return json.dumps(note, separators=(",", ":")) + "\n"
+
+
+def _answers(rollouts: Sequence[Rollout]) -> list[int]:
+    """A checksum of each answer: its prompt, its number, its tokens."""
+    return [
+        zlib.crc32(
+            rollout.token_ids.astype("<i4").tobytes(),
+            zlib.crc32(f"{rollout.prompt.id}|{rollout.sample_index}".encode()),
+        )
+        for rollout in rollouts
+    ]
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -49,6 +49,19 @@ class Concurrent(Protocol):
     thread beside other teachers', and ``close`` from another thread ends it soon."""
 
     concurrent: bool
+
+
+@runtime_checkable
+class Known(Protocol):
+    """A teacher that can be told from another one, also by a later process."""
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values."""
+        ...
+
+    def differs(self, before: Mapping[str, Any]) -> str | None:
+        """In what way this is not the teacher that gave the identity ``before``; None: it is."""
+        ...
 
 
 @runtime_checkable

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -199,6 +200,13 @@ class HfTeacher:
                 streams=None if streams is None else streams[part],
             )
         return answers
+
+    def identity(self) -> dict[str, Any]:
+        return {"model": self._fingerprint}
+
+    def differs(self, before: Mapping[str, Any]) -> str | None:
+        """The files of the model are compared."""
+        return None if before.get("model") == self._fingerprint else "has other files"
 
     def close(self) -> None:
         """Frees the model."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -197,6 +199,29 @@ class RemoteTeacher:
         self.missing.clear()
         self.events.clear()
         return found
+
+    def identity(self) -> dict[str, Any]:
+        """What it is called, and its scores of the fixed text (NaN as null)."""
+        scores = self._reference.logprobs.astype(float).tolist()
+        return {
+            "model": self._fingerprint,
+            "scores": [None if math.isnan(score) else score for score in scores],
+        }
+
+    def differs(self, before: Mapping[str, Any]) -> str | None:
+        """The scores of the fixed text are compared, or the hashes of servers that tell one."""
+        first = self._replicas.endpoints[0]
+        if first.protocol.is_identity and before.get("model") == self._fingerprint:
+            return None
+        old, new = np.array(before.get("scores", ()), dtype=float), self._reference.logprobs
+        if old.shape != new.shape:
+            return "reads a fixed text in other tokens"
+        worst = float(np.nanmax(np.abs(old - new), initial=0.0))
+        if worst <= self._canary.tolerance:
+            return None
+        return (
+            f"scores a fixed text {worst:.2g} away (backend.tolerance {self._canary.tolerance:g})"
+        )
 
     def accuracy(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> float | None:
         """Not measured: the servers are asked for scores only."""

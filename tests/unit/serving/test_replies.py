@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mopd.errors import ArtifactError
-from mopd.serving.replies import ReplyJournal
-from mopd.types import TeacherScores
+from mopd.serving.replies import Replies, ReplyJournal
+from mopd.types import Rollout, TeacherScores
+from tests.unit.serving.test_journal import rollout
 
 ARRAYS = ("token_ids", "byte_ends", "logprobs", "topk_ids", "topk_logprobs", "log_tail", "valid")
 
@@ -41,6 +44,14 @@ STEP = [
 ]
 
 
+ANSWERS = [rollout(name) for name in "pqrs"]
+MISSING = {"missing/a/mass": 3}
+
+
+def replies(scores: list[dict[str, TeacherScores]]) -> Replies:
+    return Replies(scores=scores, missing=MISSING)
+
+
 def journal(folder: Path, *, level: str = "full", max_bytes: float = 1e9) -> ReplyJournal:
     return ReplyJournal(folder, 0, level=level, max_bytes=max_bytes)  # type: ignore[arg-type]
 
@@ -54,81 +65,121 @@ def same(one: TeacherScores, two: TeacherScores) -> bool:
 
 
 def test_a_step_is_read_back_bit_by_bit_after_a_restart(tmp_path: Path) -> None:
-    journal(tmp_path).append(7, STEP)
-    found = journal(tmp_path).read(7, len(STEP))
-    assert found is not None and [set(one) for one in found] == [set(one) for one in STEP]
-    for before, after in zip(STEP, found, strict=True):
+    journal(tmp_path).append(7, ANSWERS, replies(STEP))
+    found = journal(tmp_path).read(7, ANSWERS)
+    assert found is not None and found.missing == MISSING
+    assert [set(one) for one in found.scores] == [set(one) for one in STEP]
+    for before, after in zip(STEP, found.scores, strict=True):
         assert all(same(before[name], after[name]) for name in before)
-    assert journal(tmp_path).read(8, len(STEP)) is None
+    assert journal(tmp_path).read(8, ANSWERS) is None
 
 
 def test_a_step_without_any_reply_is_read_back(tmp_path: Path) -> None:
-    journal(tmp_path).append(0, [{}, {}])
-    assert journal(tmp_path).read(0, 2) == [{}, {}]
+    journal(tmp_path).append(0, ANSWERS[:2], replies([{}, {}]))
+    found = journal(tmp_path).read(0, ANSWERS[:2])
+    assert found is not None and found.scores == [{}, {}]
+
+
+@pytest.mark.parametrize("level", ["full", "digest"])
+def test_replies_to_other_answers_are_not_taken(tmp_path: Path, level: str) -> None:
+    journal(tmp_path, level=level).append(0, ANSWERS, replies(STEP))
+    again = journal(tmp_path, level=level)
+    changed = replace(ANSWERS[3], token_ids=ANSWERS[3].token_ids + 1)
+    others: list[list[Rollout]] = [ANSWERS[:2], ANSWERS[::-1], [*ANSWERS[:3], changed]]
+    for answers in others:
+        assert again.read(0, answers) is None
+        assert again.compare(0, answers, STEP[: len(answers)]) is None
+    assert again.compare(0, ANSWERS, STEP) is not None
+
+
+def test_one_thread_appends_while_another_prunes(tmp_path: Path) -> None:
+    written = journal(tmp_path, level="digest")
+    done = threading.Event()
+
+    def prune() -> None:
+        while not done.is_set():
+            written.prune(0)
+
+    pruner = threading.Thread(target=prune)
+    pruner.start()
+    for step in range(60):
+        written.append(step, ANSWERS[:1], replies([{}]))
+    done.set()
+    pruner.join()
+    again = journal(tmp_path, level="digest")
+    assert all(again.compare(step, ANSWERS[:1], [{}]) is not None for step in range(60))
 
 
 @pytest.mark.parametrize("place", [3, 40, -1])
 def test_a_changed_byte_is_seen(tmp_path: Path, place: int) -> None:
-    journal(tmp_path).append(0, STEP)
+    journal(tmp_path).append(0, ANSWERS, replies(STEP))
     (path,) = (tmp_path / "replies-0").iterdir()
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match="damaged; delete it"):
-        journal(tmp_path).read(0, len(STEP))
+        journal(tmp_path).read(0, ANSWERS)
     path.unlink()  # the remedy
-    assert journal(tmp_path).read(0, len(STEP)) is None
+    assert journal(tmp_path).read(0, ANSWERS) is None
 
 
 def test_digests_tell_how_far_a_new_score_is(tmp_path: Path) -> None:
-    journal(tmp_path, level="digest").append(0, STEP)
+    journal(tmp_path, level="digest").append(0, ANSWERS, replies(STEP))
     again = journal(tmp_path, level="digest")
-    assert again.read(0, len(STEP)) is None and again.num_bytes == 0
-    equal = again.compare(0, STEP)
+    assert again.read(0, ANSWERS) is None and again.num_bytes == 0
+    equal = again.compare(0, ANSWERS, STEP)
     assert equal is not None and (equal.other_tokens, equal.nats) == (0, 0.0)
     moved = [dict(one) for one in STEP]
     for rows in (moved[0]["a"], moved[3]["a"]):
         rows.valid[:] = True
     other = journal(tmp_path, level="digest")
-    other.append(0, moved)
+    other.append(0, ANSWERS, replies(moved))
     moved[0]["a"].logprobs[0] += 0.25
-    found = other.compare(0, moved)
+    found = other.compare(0, ANSWERS, moved)
     assert found is not None and found.nats == pytest.approx(0.25, abs=1e-3)
     moved[0]["a"].token_ids[0] += 1
-    found = other.compare(0, moved)
+    found = other.compare(0, ANSWERS, moved)
     assert found is not None and found.other_tokens == 1
-    assert again.compare(5, STEP) is None
+    assert again.compare(5, ANSWERS, STEP) is None
 
 
 def test_the_disk_bound_leaves_digests(tmp_path: Path) -> None:
-    journal(tmp_path / "one").append(0, STEP)
+    journal(tmp_path / "one").append(0, ANSWERS, replies(STEP))
     size = journal(tmp_path / "one").num_bytes
     bounded = journal(tmp_path, max_bytes=2.5 * size)
     for step in range(4):
-        bounded.append(step, STEP)
+        bounded.append(step, ANSWERS, replies(STEP))
     assert bounded.num_bytes == 2 * size
-    assert [bounded.read(step, 4) is not None for step in range(4)] == [True, True, False, False]
-    assert bounded.compare(3, STEP) is not None
+    assert [bounded.read(step, ANSWERS) is not None for step in range(4)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert bounded.compare(3, ANSWERS, STEP) is not None
     bounded.prune(1)
-    assert bounded.num_bytes == size and bounded.read(0, 4) is None
-    bounded.append(4, STEP)
+    assert bounded.num_bytes == size and bounded.read(0, ANSWERS) is None
+    bounded.append(4, ANSWERS, replies(STEP))
     again = journal(tmp_path, max_bytes=2.5 * size)
-    assert again.read(4, 4) is not None and again.compare(0, STEP) is None
+    assert again.read(4, ANSWERS) is not None and again.compare(0, ANSWERS, STEP) is None
 
 
 def test_nothing_is_written_when_off(tmp_path: Path) -> None:
     off = journal(tmp_path, level="off")
-    off.append(0, STEP)
+    off.append(0, ANSWERS, replies(STEP))
     off.prune(0)
-    assert off.read(0, 4) is None and off.compare(0, STEP) is None
+    assert off.read(0, ANSWERS) is None and off.compare(0, ANSWERS, STEP) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_note_that_a_crash_cut_is_dropped(tmp_path: Path) -> None:
-    journal(tmp_path).append(0, STEP)
+    journal(tmp_path).append(0, ANSWERS, replies(STEP))
     path = tmp_path / "replies-0.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:20])
     again = journal(tmp_path)
-    again.append(1, STEP)
-    assert journal(tmp_path).read(1, 4) is not None and journal(tmp_path).read(0, 4) is not None
+    again.append(1, ANSWERS, replies(STEP))
+    assert (
+        journal(tmp_path).read(1, ANSWERS) is not None
+        and journal(tmp_path).read(0, ANSWERS) is not None
+    )
