@@ -40,9 +40,9 @@ def main(argv: Sequence[str]) -> int:
     if is_main and fill.announcement:
         print(fill.announcement)
 
-    from mopd.runtime.session import run_session
-
     try:
+        from mopd.runtime.session import run_session
+
         run_session(config, world=fill.world_name)
     except (ConfigError, DidNotLearnError) as error:  # the main rank meets every one of them
         if is_main:

@@ -103,6 +103,7 @@ def _gather_options(config: RunConfig, topology: Topology) -> GatherOptions:
         lmbda=rollout.lmbda,
         off_policy=rollout.off_policy,
         mask_truncated=rollout.mask_truncated_completions,
+        replays=rollout.backend.type == "replay",
     )
 
 
@@ -139,7 +140,8 @@ def _aligner(
 
 
 def _check_responses(config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    if config.rollout.lmbda >= 1.0 or config.rollout.off_policy != "dataset":
+    rollout = config.rollout
+    if rollout.lmbda >= 1.0 or rollout.off_policy != "dataset" or rollout.backend.type == "replay":
         return
     for prompt in prompts:
         if not prompt.response:

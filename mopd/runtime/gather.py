@@ -38,6 +38,7 @@ class GatherOptions:
     lmbda: float = 1.0
     off_policy: Source = "dataset"
     mask_truncated: bool = False
+    replays: bool = False  # the sampler has all answers, whoever wrote them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +155,9 @@ class Gatherer:
     def _generate(self, prompts: Sequence[Prompt], step: int, version: int) -> list[Rollout]:
         options = self._options
         own = [
-            is_on_policy(prompt, step=step, seed=options.seed, lmbda=options.lmbda)
+            # a journal has the answers of others, too
+            options.replays
+            or is_on_policy(prompt, step=step, seed=options.seed, lmbda=options.lmbda)
             for prompt in prompts
         ]
         asked = [prompt for prompt, student in zip(prompts, own, strict=True) if student]
@@ -233,9 +236,9 @@ class Gatherer:
         return kept, dropped
 
     def _refusal(self, step: int, rollout: Rollout) -> str | None:
-        if rollout.source == "student":
-            if not 0 <= step - rollout.policy_version <= self._options.max_staleness:
-                return "stale"
-            if self._options.mask_truncated and rollout.finish_reason != "stop":
-                return "truncated"
+        age = step - rollout.policy_version
+        if rollout.source == "student" and not 0 <= age <= self._options.max_staleness:
+            return "stale"
+        if self._options.mask_truncated and rollout.finish_reason == "length":
+            return "truncated"
         return None if rollout.loss_mask.any() else "empty"

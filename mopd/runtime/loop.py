@@ -36,7 +36,7 @@ from mopd.student.hf_export import iter_hf_weights, save_hf
 from mopd.student.step import StepResult
 from mopd.types import StepBatch
 
-MAX_SKIPPED_IN_A_ROW = 10
+MAX_IDLE_IN_A_ROW = 10
 
 
 @dataclass(slots=True)
@@ -50,6 +50,7 @@ class State:
     balance: dict[str, float | None] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
     skipped_in_a_row: int = 0
+    empty_in_a_row: int = 0
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -83,8 +84,8 @@ def train(run: Run, sink: Sink) -> Summary:
         with run.spans("sync"):
             distance = _push(run, step + 1)
         state.step = step + 1
-        _stop_if_stuck(state, result)
         log_step(run, sink, batch, result, seconds=time.perf_counter() - began, probe=distance)
+        _stop_if_stuck(state, batch, result)
         state.seconds = seconds_before + time.perf_counter() - started
         if state.step % config.checkpoint.save_interval == 0 or state.step == config.train.steps:
             _save(run, state)
@@ -173,12 +174,19 @@ _CHUNK_KEYS = {
 }
 
 
-def _stop_if_stuck(state: State, result: StepResult) -> None:
+def _stop_if_stuck(state: State, batch: StepBatch, result: StepResult) -> None:
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
-    if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+    if state.skipped_in_a_row >= MAX_IDLE_IN_A_ROW:
         raise MopdError(
             f"step {state.step}: {state.skipped_in_a_row} steps in a row had a loss or gradient "
             "that is not finite; lower student.optimizer.lr or look at the teachers' scores"
+        )
+    state.empty_in_a_row = 0 if batch.num_response_tokens else state.empty_in_a_row + 1
+    if state.empty_in_a_row >= MAX_IDLE_IN_A_ROW:
+        raise MopdError(
+            f"step {state.step}: {state.empty_in_a_row} steps in a row had no answer to train on; "
+            "look at dropped/<why> in metrics.jsonl (rollout.max_new_tokens, "
+            "rollout.mask_truncated_completions, rollout.max_staleness)"
         )
 
 

@@ -15,6 +15,7 @@ from mopd.types import StepBatch
 
 MASKED_WARNING = 0.05
 SCORED_WARNING = 0.9
+DROPPED_WARNING = 0.5
 RESCORED_WARNING = 0.1  # nats an answer
 FAR_TEACHER = 0.15  # nats of reverse KL at the start (MOPD: 0.04 trained well, 0.19 badly)
 
@@ -63,6 +64,10 @@ def warnings_of(line: Mapping[str, float], teachers: Iterable[str]) -> Iterator[
             f"{masked:.0%} of the response tokens have no teacher; the policy may be "
             "leaving the text that teachers can read"
         )
+    dropped = {key: share for key, share in line.items() if key.startswith("dropped/") and share}
+    if sum(dropped.values()) > DROPPED_WARNING:
+        reasons = ", ".join(f"{key}: {share:.0%}" for key, share in sorted(dropped.items()))
+        yield f"{sum(dropped.values()):.0%} of the answers are not trained on ({reasons})"
     for name in teachers:
         if (share := line.get(f"scored/{name}", 1.0)) < SCORED_WARNING:
             yield (

@@ -30,6 +30,7 @@ from mopd.serving.vllm_command import ServedModel, started_environment, started_
 ROLLOUT = "rollout"
 KEY_VARIABLE = "MOPD_SERVER_TOKEN"  # where the clients of these servers find their key
 FOLDER, IMPORTS = "servers", "python"  # in a run's directory: logs, and what they import
+JOURNAL = "journal"
 LOOK_S = 1.0
 
 SectionT = TypeVar("SectionT", bound=RemoteSection)
@@ -145,12 +146,19 @@ class Servers:
 
 
 def is_failed_start(directory: Path) -> bool:
-    """Whether a run's directory holds nothing, or nothing but the logs of servers."""
-    folder = directory / FOLDER
-    logs = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return all(entry == folder for entry in directory.iterdir()) and all(
-        name == IMPORTS or name.endswith(".log") for name in logs
-    )
+    """Whether a run's directory holds nothing, or no more than a start that failed leaves there:
+    logs of servers, journals without a line."""
+    for path in directory.rglob("*"):
+        top = path.relative_to(directory).parts[0]
+        if path.is_dir():
+            known = top in (FOLDER, JOURNAL)
+        elif top == JOURNAL:
+            known = path.stat().st_size == 0
+        else:
+            known = path.parent == directory / FOLDER and path.suffix == ".log"
+        if not known and IMPORTS not in path.relative_to(directory).parts:
+            return False
+    return True
 
 
 def _say(message: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from mopd.student.parallel import shutdown
 _REACHED = (
     *("urls", "api_key_env", "deadline_s", "start_s", "max_retries", "max_outstanding"),
     *("restart_budget_s", "server", "served_model", "entries_per_request"),
-    *("tolerance", "canary_interval", "probe_tolerance"),
+    *("tolerance", "canary_interval", "probe_tolerance", "sync_dir", "weight_sync"),
+    "memory_fraction",
 )
 # Keys that may differ when a run is continued: they change nothing that is computed.
 _FREE = (
@@ -71,21 +73,16 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
         interrupt.check()
 
     run = dataclasses.replace(run, finished=progress)
-    try:
+    with ExitStack() as opened:  # closed in the reverse order, whichever of them fails
+        opened.callback(shutdown)
+        opened.callback(sink.close)
+        for part in (run.servers, run.sampler, run.pool, run.feed):
+            if part is not None:
+                opened.callback(part.close)
         if run.pool is not None and run.topology.dp_rank == 0:
             recognise(directory, run.pool.teachers)
         with interrupt, watchdog:
             summary = dataclasses.replace(train(run, sink), world=world)
-    finally:
-        if run.feed is not None:
-            run.feed.close()
-        if run.pool is not None:
-            run.pool.close()
-        if run.sampler is not None:
-            run.sampler.close()
-        run.servers.close()
-        sink.close()
-        shutdown()
     if is_main:
         write_summary(directory / "summary.json", summary)
         print_summary(summary)

@@ -117,3 +117,25 @@ def test_truncated_answers_are_dropped_and_change_nothing(
     assert answers["dropped"] == {"truncated": len(truncated)} and truncated
     assert answers["trained"] == 16 - len(truncated)
     assert sum(line["dropped/truncated"] for line in lines) * 8 == pytest.approx(len(truncated))
+
+
+def test_a_run_that_trains_on_nothing_ends(tiny_world: World, tmp_path: Path) -> None:
+    keys = {"rollout__max_new_tokens": 1, "rollout__mask_truncated_completions": "true"}
+    with pytest.raises(RankError, match="10 steps in a row had no answer to train on"):
+        train(tiny_world, tmp_path, "idle", train__steps=20, **keys)
+
+
+def test_a_replay_has_the_answers_of_others_too(tiny_world: World, tmp_path: Path) -> None:
+    mixed = {"rollout__lmbda": 0.5, "rollout__off_policy": "teacher"}
+    before = train(tiny_world, tmp_path, "mixed", **mixed)
+    after = train(
+        tiny_world,
+        tmp_path,
+        "replayed",
+        rollout__backend__type="replay",
+        rollout__backend__path=tmp_path / "mixed",
+        **mixed,
+    )
+    assert [line["loss"] for line in after] == [line["loss"] for line in before]
+    assert [line["on_policy"] for line in after] == [line["on_policy"] for line in before]
+    assert min(line["on_policy"] for line in after) < 1.0

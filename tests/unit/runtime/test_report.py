@@ -20,6 +20,7 @@ def warnings(**changes: float) -> list[str]:
         ({"masked": 0.06}, "6% of the response tokens have no teacher"),
         ({"scored__sort": 0.5}, "teachers.sort scored only 50%"),
         ({"rescored__nats": 0.4}, "0.4 nats an answer away"),
+        ({"dropped__truncated": 0.3, "dropped__stale": 0.3}, "60% of the answers are not trained"),
         ({"rescored__other_tokens": 1.0}, "is it the same model"),
     ],
 )

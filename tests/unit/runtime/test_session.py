@@ -103,6 +103,19 @@ def test_overwrite_removes_what_a_failed_start_of_servers_left(
     assert folder.exists() == is_kept
 
 
+@pytest.mark.parametrize("line", ["", "{}\n"])
+def test_overwrite_removes_a_journal_without_a_line_only(tmp_path: Path, line: str) -> None:
+    folder = tmp_path / "r" / "journal"
+    (folder / "replies-0").mkdir(parents=True)
+    (folder / "rollouts-0.jsonl").write_text(line)
+    if line:
+        with pytest.raises(ConfigError, match="is not a run"):
+            prepare(tmp_path, run={"overwrite": True})
+    else:
+        prepare(tmp_path, run={"overwrite": True})
+    assert folder.exists() == bool(line)
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = prepare(tmp_path)
     (run / "summary.json").write_text('{"learned": true}')
