@@ -193,9 +193,9 @@ class StubServer:
                 return True
             asked = json.loads(body)
             if asked.get("seed") is not None:
-                return await self._answer(
-                    writer, asked, headers, None, partial(send_json, writer, self._written(asked))
-                )
+                reply = self._written(asked)
+                said = partial(send_json, writer, reply)
+                return await self._answer(writer, asked, headers, reply, said)
             return await self._lists(writer, path, asked, headers)
         else:
             await self._about(writer, path, body)

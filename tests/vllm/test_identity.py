@@ -10,6 +10,7 @@ import pytest
 
 from mopd.errors import TeacherError
 from mopd.serving.endpoint import Endpoint, EndpointOptions
+from mopd.serving.protocols import VllmCompletions
 from mopd.teachers.identity import Identity
 from mopd.tokens.chat import ChatTokenizer
 from tests.faults import refusals
@@ -20,7 +21,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 def check(url: str, tokenizer: Path) -> None:
     async def ask() -> None:
-        options = EndpointOptions(shape="vllm", deadline_s=60.0, max_outstanding=2, start_s=5.0)
+        options = EndpointOptions(
+            protocols=(VllmCompletions(),), deadline_s=60.0, max_outstanding=2, start_s=5.0
+        )
         endpoint = Endpoint(url, options)
         try:
             await endpoint.start()

@@ -38,11 +38,15 @@ def listening(family: list[psutil.Process]) -> set[str]:
     return {one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN}
 
 
-def answer_to_a_stranger(server: psutil.Process) -> int:
+def port_of(server: psutil.Process) -> str:
     arguments = server.cmdline()
-    port = arguments[arguments.index("--port") + 1]
+    return arguments[arguments.index("--port") + 1]
+
+
+def answer_to_a_stranger(server: psutil.Process) -> int:
+    url = f"http://127.0.0.1:{port_of(server)}/v1/models"
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=20) as reply:
+        with urllib.request.urlopen(url, timeout=20) as reply:
             return reply.status
     except urllib.error.HTTPError as error:
         with error:
@@ -80,6 +84,7 @@ def test_a_killed_server_is_started_again_and_the_run_goes_on_as_with_hf(
     family = [server, *server.children(recursive=True)]
     assert listening(family) == {"127.0.0.1"}
     assert answer_to_a_stranger(server) == 401
+    port = port_of(server)
     os.killpg(server.pid, signal.SIGKILL)
     done = len(step_lines(run))
     out, err = trainer.communicate(timeout=RUN_SECONDS)
@@ -93,11 +98,7 @@ def test_a_killed_server_is_started_again_and_the_run_goes_on_as_with_hf(
     kept = (run / "config.yaml").read_text()
     assert "http://" not in kept and KEY_VARIABLE not in kept
     assert not [process for process in family if process.is_running()]
-    assert not [
-        process.pid
-        for process in psutil.process_iter()
-        if str(tiny_world.teachers["sort"]) in " ".join(_words(process))
-    ]
+    assert not [one.pid for one in psutil.process_iter() if port in _words(one)]
 
     near = launch("mopd_ctkd", overrides(tiny_world, tmp_path, "near"))
     assert near.returncode == 0, near.stderr
