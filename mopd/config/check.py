@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -11,17 +10,21 @@ from pathlib import Path
 from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
 from mopd.config.check_losses import check_losses
 from mopd.config.check_rollout import check_rollout
-from mopd.config.check_servers import check_started, is_started
+from mopd.config.check_servers import (
+    REMOTE_KEYS,
+    check_reached,
+    check_started,
+    is_started,
+    unread,
+)
 from mopd.config.keys import printable
 from mopd.config.model_shape import check_layout, read_model_config
 from mopd.config.schema import RunConfig
-from mopd.config.urls import checked_url
 from mopd.errors import ConfigError
 
 FILL_IN = "or use launch/train.py, which fills in the embedded world"
 TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SERVER_TYPES = ("vllm", "mopd", "openai", "sglang", "trl")
 NAMING_TYPES = ("vllm", "openai", "sglang")  # of these, the ones that list models by name
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -95,38 +98,20 @@ def _wire(prefix: str, backend: TeacherBackendSection) -> Iterator[str]:
 
 
 def _servers(prefix: str, backend: TeacherBackendSection, config: RunConfig) -> Iterator[str]:
+    if backend.type != "hf":
+        yield from unread(prefix, backend, ("batch_size",), "type=hf")
     if backend.type not in SERVER_TYPES:
-        for key in ("urls", "served_model", "api_key_env"):
-            if getattr(backend, key):
-                kinds = " or ".join(SERVER_TYPES)
-                yield f"{prefix}.{key}: is only read by type={kinds}; set one of them"
+        keys = (*REMOTE_KEYS, "entries_per_request", "tolerance", "canary_interval")
+        yield from unread(prefix, backend, keys, f"type={' or '.join(SERVER_TYPES)}")
         return
     if not backend.urls and not is_started(backend):
         yield f"{prefix}.urls: is empty; add a server, as in [http://127.0.0.1:8000]"
-    if len(set(backend.urls)) < len(backend.urls):
-        yield f"{prefix}.urls: lists a server twice; give each replica once"
-    for url in backend.urls:
-        try:
-            checked_url(url)
-        except ValueError as error:
-            yield f"{prefix}.urls: {_without_userinfo(url)} {error}"
+    yield from check_reached(prefix, backend)
     if config.distillation.temperature != 1.0 and backend.type != "mopd":
         yield (
             f"distillation.temperature={config.distillation.temperature:g}: {prefix}.type="
             f"{backend.type} sends no log-sum-exp; set temperature to 1, or type=hf or mopd"
         )
-    variable = backend.api_key_env
-    if variable is None:
-        return
-    if not ENVIRONMENT_NAME.fullmatch(variable):
-        yield f"{prefix}.api_key_env: give the NAME of an environment variable, not the key"
-    elif not os.environ.get(variable):
-        yield f"{prefix}.api_key_env: the environment variable {variable} is not set; set it"
-
-
-def _without_userinfo(url: str) -> str:
-    """A mistaken URL may hold a password."""
-    return re.sub(r"//.*@", "//***@", url)
 
 
 def _schedule(config: RunConfig) -> Iterator[str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from mopd.config.backends import RolloutBackendSection
+from mopd.config.check_servers import REMOTE_KEYS, check_reached, unread
 from mopd.config.schema import RunConfig
-from mopd.config.urls import checked_url
 
-DEFAULTS = RolloutBackendSection()
-SERVER_KEYS = ("urls", "served_model", "api_key_env", "weight_sync", "sync_dir")
+SERVER_KEYS = (*REMOTE_KEYS, "weight_sync", "sync_dir")
+WRITERS = ("hf", "vllm", "custom")  # teachers that write answers, or may
 LOWEST_TEMPERATURE = 0.01  # of vLLM, which raises what is below
 
 
@@ -24,10 +23,12 @@ def check_rollout(config: RunConfig, *, world_size: int) -> Iterator[str]:
         yield f"{prefix}.path: is only read by type=replay; set that type, or path=null"
     if len(set(rollout.stop_token_ids)) < len(rollout.stop_token_ids):
         yield "rollout.stop_token_ids: lists a token twice; give each once"
+    yield from _authors(config)
+    if backend.type == "custom":
+        yield from unread(prefix, backend, ("batch_size",), "type=hf, vllm or replay")
     if backend.type != "vllm":
-        for key in ("mode", *SERVER_KEYS):
-            if getattr(backend, key) != getattr(DEFAULTS, key):
-                yield f"{prefix}.{key}: is only read by type=vllm; set that type, or leave it out"
+        keys = ("mode", *SERVER_KEYS, "memory_fraction")
+        yield from unread(prefix, backend, keys, "type=vllm")
         return
     if rollout.temperature < LOWEST_TEMPERATURE:
         yield f"rollout.temperature: vLLM samples at {LOWEST_TEMPERATURE:g} or more; raise it"
@@ -38,9 +39,7 @@ def check_rollout(config: RunConfig, *, world_size: int) -> Iterator[str]:
 
 
 def _colocate(backend: RolloutBackendSection, prefix: str, *, world_size: int) -> Iterator[str]:
-    for key in SERVER_KEYS:
-        if getattr(backend, key) != getattr(DEFAULTS, key):
-            yield f"{prefix}.{key}: is only read by mode=server; set that mode, or leave it out"
+    yield from unread(prefix, backend, (*SERVER_KEYS, "batch_size"), "mode=server")
     if world_size > 1:
         yield (
             f"{prefix}.mode=colocate: vLLM in this process works for a job of one rank, and this "
@@ -49,15 +48,21 @@ def _colocate(backend: RolloutBackendSection, prefix: str, *, world_size: int) -
 
 
 def _servers(backend: RolloutBackendSection, prefix: str) -> Iterator[str]:
-    if len(set(backend.urls)) < len(backend.urls):
-        yield f"{prefix}.urls: lists a server twice; give each replica once"
-    for url in backend.urls:
-        try:
-            checked_url(url)
-        except ValueError as error:
-            yield f"{prefix}.urls: {url.rpartition('@')[2]} {error}"
+    yield from unread(prefix, backend, ("memory_fraction",), "mode=colocate")
+    yield from check_reached(prefix, backend)
     if backend.weight_sync != "files" and backend.sync_dir is not None:
         yield f"{prefix}.sync_dir: is only read by weight_sync=files; leave it out"
-    variable = backend.api_key_env
-    if variable is not None and not os.environ.get(variable):
-        yield f"{prefix}.api_key_env: the environment variable {variable} is not set; set it"
+
+
+def _authors(config: RunConfig) -> Iterator[str]:
+    """What can be told without the data: no teacher at all is of a type that writes."""
+    rollout = config.rollout
+    if rollout.lmbda >= 1.0 or rollout.off_policy != "teacher":
+        return
+    if rollout.backend.type == "replay":  # it has their answers
+        return
+    if not any(t.backend.type in WRITERS for t in config.teachers.values() if t.weight > 0):
+        yield (
+            "rollout.off_policy=teacher: no teacher can write an answer; give one backend.type hf "
+            "or vllm, or take off_policy=dataset"
+        )

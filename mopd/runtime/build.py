@@ -22,7 +22,7 @@ from mopd.metrics.span import Spans
 from mopd.projection import ProjectionStore
 from mopd.rollout.base import Sampler
 from mopd.runtime.build_feed import build_feed
-from mopd.runtime.data import Router, read_prompts
+from mopd.runtime.data import Router, check_chats, read_prompts
 from mopd.runtime.feed import Feed
 from mopd.runtime.learned import learned_companions
 from mopd.runtime.objective import teacher_terms
@@ -99,6 +99,10 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
     heldout = _read(config, config.data.heldout_path, router) if config.data.heldout_path else []
     tokenizers = _load_tokenizers(config)
     _check_tokenizers(config, tokenizers)
+    for key, rows in (("data.path", prompts), ("data.heldout_path", heldout)):
+        check_chats(
+            key, rows, config=config, student=tokenizers.student, teachers=tokenizers.teachers
+        )
     directory = Path(config.run.dir) / config.run.name
     servers.start(directory, device=backend.name)  # they load while the student is built
 

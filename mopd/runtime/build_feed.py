@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mopd.config.keys import printable
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 from mopd.metrics.span import Spans
@@ -19,9 +20,11 @@ from mopd.runtime.ledger import Ledger
 from mopd.runtime.objective import step_objective
 from mopd.runtime.payloads import Pair, payload_options
 from mopd.runtime.replica import max_over_leads, sum_over_leads
+from mopd.runtime.teachers import context_warnings
 from mopd.serving.journal import Journal, journal_path
 from mopd.serving.replies import ReplyJournal
 from mopd.student.parallel import Topology
+from mopd.teachers.base import Writer
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt
@@ -40,11 +43,15 @@ def build_feed(
     """``tokenizers``: the student's and the teachers'. ``run``: where it runs, and what times it.
 
     Raises:
-        ConfigError: answers shall come with the data, and a row has none.
+        ConfigError: answers shall come with the data or from teachers, and a row has none or
+            nobody to write it; or no prompt leaves a teacher room to read an answer.
     """
     topology, spans, directory = run
     student, _ = tokenizers
-    _check_responses(config, prompts)
+    _check_responses(config, prompts, pool)
+    for warning in context_warnings(config, pool, prompts):
+        if topology.dp_rank == 0:
+            print(printable(f"warning: {warning}"), flush=True)
     objective = step_objective(config, (prompt.domain for prompt in prompts))
     books = _books(config, directory, replica=topology.dp_rank)
     gatherer = Gatherer(
@@ -139,12 +146,18 @@ def _aligner(
     )
 
 
-def _check_responses(config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    rollout = config.rollout
-    if rollout.lmbda >= 1.0 or rollout.off_policy != "dataset" or rollout.backend.type == "replay":
+def _check_responses(config: RunConfig, prompts: Sequence[Prompt], pool: TeacherPool) -> None:
+    if config.rollout.lmbda >= 1.0 or config.rollout.backend.type == "replay":
         return
+    from_data = config.rollout.off_policy == "dataset"
+    writers = {name for name, teacher in pool.teachers.items() if isinstance(teacher, Writer)}
     for prompt in prompts:
-        if not prompt.response:
+        if not from_data and writers.isdisjoint(prompt.teachers):
+            raise ConfigError(
+                f"rollout.off_policy=teacher: no teacher of prompt {prompt.id} can write an "
+                "answer; give one backend.type hf or vllm, or take off_policy=dataset"
+            )
+        if from_data and not prompt.response:
             raise ConfigError(
                 f"rollout.lmbda={config.rollout.lmbda:g}: row {prompt.id} of data.path has no "
                 "`response` to train on; add one, or take rollout.off_policy=teacher"

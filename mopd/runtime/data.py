@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mopd.config.schema import DistillationSection, TeacherSection
+from mopd.config.schema import DistillationSection, RunConfig, TeacherSection
 from mopd.errors import ConfigError
+from mopd.runtime.payloads import active_teachers
+from mopd.teachers.base import teacher_messages
+from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt
 
 
@@ -98,7 +101,7 @@ def read_prompts(path: Path, *, router: Router, teacher_key: str) -> list[Prompt
     """
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -110,30 +113,100 @@ def read_prompts(path: Path, *, router: Router, teacher_key: str) -> list[Prompt
         domain = str(row.get(teacher_key, "default"))
         answer = row.get("answer")
         messages, teachers = _messages(row, where), router.route(domain, where)
-        prompts.append(
-            Prompt(
-                id=prompt_id,
-                messages=messages,
-                domain=domain,
-                answer=None if answer is None else str(answer),
-                teachers=teachers,
-                top_k=router.top_k(row, where),
-                response=_response(row, where),
-                private=router.private(row, teachers, where),
-            )
+        prompt = Prompt(
+            id=prompt_id,
+            messages=messages,
+            domain=domain,
+            answer=None if answer is None else str(answer),
+            teachers=teachers,
+            top_k=router.top_k(row, where),
+            response=_response(row, where),
+            private=router.private(row, teachers, where),
         )
+        _check_characters(prompt, where, teacher_key)
+        prompts.append(prompt)
     if not prompts:
         raise ConfigError(f"{path}: no rows; one JSON object a line with 'messages' is expected")
     return prompts
 
 
+def check_chats(
+    key: str,
+    prompts: Sequence[Prompt],
+    *,
+    config: RunConfig,
+    student: ChatTokenizer,
+    teachers: Mapping[str, ChatTokenizer],
+) -> None:
+    """Whether the templates of all who read a row take its roles; one row of each kind is rendered.
+
+    Custom teachers may read rows in their own way and are not asked.
+
+    Args:
+        key: where the rows come from, as in data.path.
+    Raises:
+        ConfigError: the row, the template that refuses it, and the remedy.
+    """
+    privileged = {
+        name: None if section.backend.type == "uniform" else section.privileged
+        for name, section in active_teachers(config).items()
+        if section.backend.type != "custom"
+    }
+    seen: set[tuple[str, ...]] = set()
+    for prompt in prompts:
+        readers = [("student", student, prompt.messages)]
+        for name in prompt.teachers:
+            if name in privileged:
+                messages = teacher_messages(prompt, privileged[name])
+                readers.append((f"teachers.{name}", teachers[name], messages))
+        for reader, tokenizer, messages in readers:
+            kind = (reader, *(message["role"] for message in messages))
+            if kind in seen:
+                continue
+            seen.add(kind)
+            try:
+                tokenizer.prompt_ids(messages)
+            except ConfigError as error:
+                raise ConfigError(f"{key}: row {prompt.id}: {reader}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from None
+
+
+def _check_characters(prompt: Prompt, where: str, teacher_key: str) -> None:
+    texts = {
+        "id": (prompt.id,),
+        teacher_key: (prompt.domain,),
+        "answer": (prompt.answer or "",),
+        "response": (prompt.response or "",),
+        "messages": [text for message in prompt.messages for text in message.values()],
+        **{name: (text,) for name, text in prompt.private.items()},
+    }
+    for name, found in texts.items():
+        try:
+            "".join(found).encode()
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            raise ConfigError(
+                f"{where}: {name!r} holds half a character (\\u{code:04x}), which no tokenizer "
+                "reads; write the whole one, or take it out"
+            ) from None
+
+
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{where}: not JSON ({error.msg}); one object a line is expected"
-        ) from None
+    except (ValueError, RecursionError) as error:  # also of numbers too long, and of too deep
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise ConfigError(f"{where}: not JSON ({reason}); one object a line is expected") from None
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: a JSON object with 'messages' is expected")
     return row

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from mopd.config.backends import TeacherBackendSection
 from mopd.config.schema import PrivilegedSection, RunConfig
@@ -28,14 +27,16 @@ from mopd.serving.protocols import (
 )
 from mopd.serving.replicas import Replicas
 from mopd.serving.retry import RetryOptions
-from mopd.teachers.base import Known, Teacher
+from mopd.teachers.base import Bounded, Known, Teacher, teacher_messages
 from mopd.teachers.hf import HfOptions, HfTeacher, check_model
 from mopd.teachers.pool import TeacherPool
 from mopd.teachers.remote import RemoteOptions, RemoteTeacher, names_of
 from mopd.teachers.uniform import UniformTeacher
 from mopd.teachers.writing import WritingTeacher
 from mopd.tokens.chat import ChatTokenizer
+from mopd.types import Message, Prompt
 
+LOOKED_AT = 64  # prompts that are cut into tokens, the longest or the shortest by characters
 # Whole rows of one teacher over the wire, per step: answers as long as they may be, in fp32.
 MAX_WHOLE_ROWS_BYTES = 2 << 30
 
@@ -61,7 +62,50 @@ def build_pool(
     except BaseException:
         TeacherPool(teachers).close()
         raise
-    return TeacherPool(teachers)
+    return TeacherPool(teachers, top_k=config.distillation.top_k)
+
+
+def context_warnings(
+    config: RunConfig, pool: TeacherPool, prompts: Sequence[Prompt]
+) -> Iterator[str]:
+    """One line for each teacher whose context may end before an answer does.
+
+    Of many prompts the longest `LOOKED_AT` are counted, and as many of the shortest decide whether
+    any of them fits.
+
+    Raises:
+        ConfigError: no prompt leaves a teacher room for one token of an answer.
+    """
+    most = config.rollout.max_new_tokens
+    for name, teacher in pool.teachers.items():
+        limit = teacher.max_length if isinstance(teacher, Bounded) else None
+        if limit is None:
+            continue
+        privileged = config.teachers[name].privileged
+        chats = sorted(
+            (teacher_messages(prompt, privileged) for prompt in prompts if name in prompt.teachers),
+            key=_characters,
+        )
+        longest = [len(teacher.tokenizer.prompt_ids(chat)) for chat in chats[-LOOKED_AT:]]
+        long = sum(size + most > limit for size in longest)
+        if not long:
+            continue
+        if all(len(teacher.tokenizer.prompt_ids(chat)) >= limit for chat in chats[:LOOKED_AT]):
+            raise ConfigError(
+                f"teachers.{name}: reads {limit} tokens, and no prompt of data.path leaves room "
+                "for one token of an answer; take a model or a server with a longer context, or "
+                "shorter prompts"
+            )
+        at_least = "at least " if long == LOOKED_AT < len(chats) else ""
+        yield (
+            f"teachers.{name}: reads {limit} tokens, and {at_least}{long} of {len(chats)} prompts "
+            f"with an answer of rollout.max_new_tokens={most} have more (the longest prompt: "
+            f"{max(longest)}); what is beyond is not scored (missing/{name}/context)"
+        )
+
+
+def _characters(chat: Sequence[Message]) -> int:
+    return sum(len(message["content"]) for message in chat)
 
 
 def _teacher(
@@ -189,10 +233,10 @@ def _check_privileged(name: str, section: PrivilegedSection, tokenizer: ChatToke
     system = {"role": "system", "content": section.system}
     try:
         with_it = tokenizer.prompt_ids([system, user])
-    except TemplateError as error:
+    except ConfigError as error:
         raise ConfigError(
             f"teachers.{name}.privileged.system: its chat template refuses a system message "
-            f"({error}); use privileged.prefix"
+            f"({error.__cause__ or error}); use privileged.prefix"
         ) from error
     if with_it.tolist() == tokenizer.prompt_ids([user]).tolist():
         raise ConfigError(

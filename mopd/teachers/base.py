@@ -44,6 +44,13 @@ class Counting(Protocol):
 
 
 @runtime_checkable
+class Bounded(Protocol):
+    """A teacher that reads so many tokens of a prompt and its answer; None: it does not tell."""
+
+    max_length: int | None
+
+
+@runtime_checkable
 class Concurrent(Protocol):
     """A teacher that mostly waits for others: where ``concurrent`` is true, ``score`` may run in a
     thread beside other teachers', and ``close`` from another thread ends it soon."""
@@ -151,23 +158,25 @@ def teacher_input(
 
 
 def cut_rows(scores: TeacherScores, k: int | None) -> TeacherScores:
-    """Listed rows with their ``k`` likeliest tokens; what is cut joins the tail. None cuts nothing.
+    """Rows with their ``k`` likeliest tokens; what is cut joins the tail. None cuts nothing.
 
-    Raises:
-        ValueError: whole rows, which have no list to cut.
+    Whole rows become lists, at most as long as the vocabulary.
     """
     if k is None or (scores.topk_ids is not None and scores.topk_ids.shape[1] <= k):
         return scores
-    if scores.topk_ids is None:
-        raise ValueError(f"teacher {scores.teacher} sends whole rows, which no top_k cuts")
     order = np.argsort(-scores.topk_logprobs, axis=1, kind="stable")
+    ids = order.astype(np.int32)
+    if scores.topk_ids is not None:
+        ids = np.take_along_axis(scores.topk_ids, order, axis=1)
+    elif not scores.valid.all():
+        ids = np.where(scores.valid[:, None], ids, np.int32(-1))
     ranked = np.take_along_axis(scores.topk_logprobs, order, axis=1)
     rest = ranked[:, k:].astype(np.float64)
     with np.errstate(invalid="ignore"):  # of rows that are missing
         tail = np.logaddexp(scores.log_tail.astype(np.float64), np.logaddexp.reduce(rest, axis=1))
     return replace(
         scores,
-        topk_ids=np.take_along_axis(scores.topk_ids, order[:, :k], axis=1),
+        topk_ids=ids[:, :k],
         topk_logprobs=ranked[:, :k],
         log_tail=np.minimum(tail, 0.0).astype(np.float32),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ from mopd.config.schema import PrivilegedSection
 from mopd.errors import ConfigError
 from mopd.serving.generation import Generated, generate, sampling_stream
 from mopd.serving.models import load_causal_lm, model_fingerprint, model_limits
+from mopd.teachers.admission import nothing
 from mopd.teachers.base import TeacherInput, share_right, teacher_input, teacher_messages
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout, TeacherScores
+
+NO_ANSWER = Generated(
+    token_ids=np.zeros(0, dtype=np.int32), logprobs=np.zeros(0, dtype=np.float32), stopped=False
+)
 
 
 def check_model(name: str, model_dir: Path, *, tokenizer: ChatTokenizer, min_length: int) -> None:
@@ -57,7 +63,11 @@ class HfOptions:
 
 
 class HfTeacher:
-    """Scores with one forward pass per batch; padded output columns never count."""
+    """Scores with one forward pass per batch; padded output columns never count.
+
+    Tokens beyond the model's context (``max_length``, prompt included) have no valid row and are
+    counted in ``missing``.
+    """
 
     def __init__(
         self,
@@ -71,6 +81,8 @@ class HfTeacher:
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
+        self.missing: Counter[str] = Counter()
+        _, self.max_length = model_limits(model_dir)
         self._student = student
         self._model = load_causal_lm(model_dir, device=device)
         self._fingerprint = model_fingerprint(model_dir)
@@ -94,8 +106,51 @@ class HfTeacher:
             scores += self._score_batch(part)
         return scores
 
+    def _room(self, prompt_ids: np.ndarray, wanted: int) -> int:
+        """Of ``wanted`` tokens behind a prompt [P], those that the model reads."""
+        if self.max_length is None:
+            return wanted
+        return max(0, min(wanted, self.max_length - len(prompt_ids)))
+
+    def _cut(self, x: TeacherInput) -> TeacherInput:
+        room = self._room(x.prompt_ids, len(x.token_ids))
+        return replace(
+            x,
+            prompt_ids=x.prompt_ids[: self.max_length],
+            token_ids=x.token_ids[:room],
+            byte_ends=x.byte_ends[:room],
+        )
+
+    def _score_batch(self, whole: Sequence[TeacherInput]) -> list[TeacherScores]:
+        inputs = [self._cut(x) for x in whole]
+        found: list[TeacherScores] = []
+        for x, arrays in zip(whole, self._read(inputs), strict=True):
+            rows = len(arrays["logprobs"])
+            rest = nothing(
+                len(x.token_ids) - rows,
+                self._top_k,
+                "context",
+                vocab_size=self.tokenizer.vocabulary.size,
+            )
+            self.missing.update(rest.missing)
+            joined: dict[str, Any] = {"topk_ids": None}
+            for name, array in arrays.items():
+                joined[name] = np.concatenate([array, getattr(rest, name)])
+            found.append(
+                TeacherScores(
+                    teacher=self.name,
+                    model_fingerprint=self._fingerprint,
+                    token_ids=x.token_ids,
+                    byte_ends=x.byte_ends,
+                    valid=np.arange(len(x.token_ids)) < rows,
+                    **joined,
+                )
+            )
+        return found
+
     @torch.no_grad()
-    def _score_batch(self, inputs: Sequence[TeacherInput]) -> list[TeacherScores]:
+    def _read(self, inputs: Sequence[TeacherInput]) -> list[dict[str, np.ndarray]]:
+        """Of each, the rows of its tokens by name; no ``topk_ids`` where rows are whole."""
         longest = max(len(x.prompt_ids) + len(x.token_ids) for x in inputs)
         ids = np.full((len(inputs), longest), self.tokenizer.pad_id, dtype=np.int64)
         for row, x in enumerate(inputs):
@@ -111,19 +166,7 @@ class HfTeacher:
         arrays = self._rows(logits[torch.as_tensor(sample), torch.as_tensor(row)], actual)
         cuts = np.cumsum([len(x.token_ids) for x in inputs])[:-1]
         parts = {name: np.split(array, cuts) for name, array in arrays.items()}
-        ids = parts.pop("topk_ids", [None] * len(inputs))
-        return [
-            TeacherScores(
-                teacher=self.name,
-                model_fingerprint=self._fingerprint,
-                token_ids=x.token_ids,
-                byte_ends=x.byte_ends,
-                valid=np.ones(len(x.token_ids), dtype=bool),
-                topk_ids=ids[i],
-                **{name: part[i] for name, part in parts.items()},
-            )
-            for i, x in enumerate(inputs)
-        ]
+        return [{name: part[i] for name, part in parts.items()} for i in range(len(inputs))]
 
     def _rows(self, logits: Tensor, actual: np.ndarray) -> dict[str, np.ndarray]:
         """Top-k, tail, actual token and log-sum-exps of rows [N, V]."""
@@ -183,22 +226,29 @@ class HfTeacher:
         temperature: float,
         streams: Sequence[np.ndarray] | None = None,
     ) -> list[Generated]:
-        """Greedy without ``streams``."""
-        answers: list[Generated] = []
-        for begin in range(0, len(prompts), self._batch_size):
-            part = slice(begin, begin + self._batch_size)
-            answers += generate(
-                self._model,
-                [
-                    self.tokenizer.prompt_ids(teacher_messages(prompt, self._privileged))
-                    for prompt in prompts[part]
-                ],
-                eos_id=self.tokenizer.eos_id,
-                vocab_size=self.tokenizer.vocabulary.size,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                streams=None if streams is None else streams[part],
-            )
+        """Greedy without ``streams``; never more than the context holds, and nothing behind a
+        prompt that fills it."""
+        read = [
+            self.tokenizer.prompt_ids(teacher_messages(prompt, self._privileged))
+            for prompt in prompts
+        ]
+        rooms = [self._room(ids, max_new_tokens) for ids in read]
+        answers = [NO_ANSWER] * len(prompts)
+        for room in sorted(set(rooms) - {0}):
+            alike = [i for i, own in enumerate(rooms) if own == room]
+            for begin in range(0, len(alike), self._batch_size):
+                part = alike[begin : begin + self._batch_size]
+                found = generate(
+                    self._model,
+                    [read[i] for i in part],
+                    eos_id=self.tokenizer.eos_id,
+                    vocab_size=self.tokenizer.vocabulary.size,
+                    max_new_tokens=room,
+                    temperature=temperature,
+                    streams=None if streams is None else [streams[i] for i in part],
+                )
+                for i, answer in zip(part, found, strict=True):
+                    answers[i] = answer
         return answers
 
     def identity(self) -> dict[str, Any]:
@@ -207,6 +257,12 @@ class HfTeacher:
     def differs(self, before: Mapping[str, Any]) -> str | None:
         """The files of the model are compared."""
         return None if before.get("model") == self._fingerprint else "has other files"
+
+    def drain(self) -> dict[str, dict[str, int]]:
+        """`missing` since the last call."""
+        found = {"missing": dict(self.missing)}
+        self.missing.clear()
+        return found
 
     def close(self) -> None:
         """Frees the model."""

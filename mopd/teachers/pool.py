@@ -63,8 +63,9 @@ class TeacherPool:
     one after another. A wait is as long as the teachers' own deadlines.
     """
 
-    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+    def __init__(self, teachers: Mapping[str, Teacher], *, top_k: int | None = None) -> None:
         self.teachers = teachers
+        self._top_k = top_k  # of the recipe; cuts whole rows of teachers that send them unasked
         self._closed = False
 
     def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, TeacherScores]]:
@@ -90,7 +91,8 @@ class TeacherPool:
         for call in calls:
             assert call.scores is not None
             for i, score in zip(call.index, call.scores, strict=True):
-                results[i][call.name] = cut_rows(score, rollouts[i].prompt.top_k)
+                whole = self._top_k if score.topk_ids is None else None
+                results[i][call.name] = cut_rows(score, rollouts[i].prompt.top_k or whole)
         return results
 
     def troubles(self) -> dict[str, int]:

@@ -15,7 +15,7 @@ from mopd.errors import TeacherError
 from mopd.serving.endpoint import Endpoint
 from mopd.serving.http import ServerError
 from mopd.serving.replicas import Replicas
-from mopd.serving.reply import ArrayRows, Entries, token_names
+from mopd.serving.reply import AMBIGUOUS, ArrayRows, Entries, token_names
 from mopd.serving.scoring import ScoredSequence
 from mopd.teachers.admission import Admitted, admit, nothing
 from mopd.teachers.base import TeacherInput, teacher_input
@@ -94,7 +94,7 @@ class RemoteTeacher:
         if not first.protocol.is_identity:
             self._fingerprint = fingerprint(first.model, self._canary, self._reference)
         limits = [e.max_length for e in replicas.endpoints if e.max_length is not None]
-        self._max_length = min(limits, default=None)
+        self.max_length = min(limits, default=None)
 
     @property
     def events(self) -> Counter[str]:
@@ -158,7 +158,7 @@ class RemoteTeacher:
 
     def _sent(self, x: TeacherInput) -> ScoredSequence | None:
         """[P + T'] as much as the server reads; None: not one token of the response."""
-        ids = np.concatenate([x.prompt_ids, x.token_ids]).astype(np.int64)[: self._max_length]
+        ids = np.concatenate([x.prompt_ids, x.token_ids]).astype(np.int64)[: self.max_length]
         if not len(x.prompt_ids) or len(ids) <= len(x.prompt_ids):
             return None
         return ScoredSequence(ids=ids, start=len(x.prompt_ids))
@@ -240,7 +240,10 @@ def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 def names_of(tokenizer: ChatTokenizer) -> dict[str, int]:
     """String -> id for servers that speak in strings."""
-    names = token_names(tokenizer.vocabulary.token_bytes)
-    # the end of the turn has no bytes; some servers leave it out, others write its name
-    names[""] = names[tokenizer.eos_text] = tokenizer.eos_id
+    vocabulary = tokenizer.vocabulary
+    names = token_names(vocabulary.token_bytes)
+    names[tokenizer.eos_text] = tokenizer.eos_id
+    # servers that leave the end of the turn out leave out every control token
+    silent = np.flatnonzero(vocabulary.control | (vocabulary.lengths == 0))
+    names[""] = tokenizer.eos_id if len(silent) == 1 else AMBIGUOUS
     return names

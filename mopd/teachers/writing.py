@@ -22,23 +22,32 @@ class WritingTeacher(RemoteTeacher):
         max_new_tokens: int,
         temperature: float,
     ) -> list[tuple[bytes, bool]]:
-        """Sampled answers for off-policy training.
+        """Sampled answers for off-policy training; empty where a prompt fills the context.
 
         Raises:
             TeacherError: as `score`, and where a server refuses to write.
         """
-        drafts = [
-            Draft(
-                prompt_ids=self.tokenizer.prompt_ids(teacher_messages(prompt, self._privileged)),
-                seed=int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little"),
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                eos_id=self.tokenizer.eos_id,
-            )
-            for prompt, key in zip(prompts, keys, strict=True)
-        ]
+        drafts: dict[int, Draft] = {}
+        for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+            ids = self.tokenizer.prompt_ids(teacher_messages(prompt, self._privileged))
+            room = max_new_tokens
+            if self.max_length is not None:
+                room = min(room, self.max_length - len(ids))
+            if room > 0:
+                drafts[i] = Draft(
+                    prompt_ids=ids,
+                    seed=int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little"),
+                    max_new_tokens=room,
+                    temperature=temperature,
+                    eos_id=self.tokenizer.eos_id,
+                )
         decode = self.tokenizer.vocabulary.decode
-        return [(decode(ids), stopped) for ids, stopped in self._replicas.write(drafts)]
+        texts = [(b"", False)] * len(prompts)
+        for i, (ids, stopped) in zip(
+            drafts, self._replicas.write(list(drafts.values())), strict=True
+        ):
+            texts[i] = (decode(ids), stopped)
+        return texts
 
     def accuracy(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> float | None:
         """Greedy exact match on prompts with a checkable answer; None where there are none."""

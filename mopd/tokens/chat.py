@@ -69,9 +69,20 @@ class ChatTokenizer:
         """[P] int32: the rendered template up to where the assistant begins to write.
 
         Raises:
-            ConfigError: nothing was rendered; the first answer token would have no past.
+            ConfigError: the template refuses the messages, or nothing was rendered; the first
+                answer token would have no past.
         """
-        ids = self.text_ids(self._rendered(messages, add_generation_prompt=True))
+        from jinja2 import TemplateError
+
+        try:
+            text = self._rendered(messages, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ConfigError(
+                f"{self._tokenizer.name_or_path}: the chat template refuses messages of {roles} "
+                f"({error}); change their roles, or the template"
+            ) from error
+        ids = self.text_ids(text)
         if not ids:
             raise ConfigError(
                 f"{self._tokenizer.name_or_path}: the chat template renders nothing for a prompt; "

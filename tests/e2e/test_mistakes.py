@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mopd.demo import World
-from tests.helpers.runs import ROOT, environment, words
+from tests.faults.refusals import changed_copy
+from tests.helpers.runs import ROOT, environment, launch, step_lines, words
 
 
 def complaint(recipe: str, overrides: list[str], *, world_size: int = 1) -> str:
@@ -75,3 +76,49 @@ def test_a_row_that_no_teacher_judges(tiny_world: World, tmp_path: Path) -> None
     overrides = words(tiny_world, tmp_path, "x", teachers__upper__domains="[other]")
     found = complaint("mopd_ctkd", overrides)
     assert "no teacher judges domain='upper'" in found
+
+
+def test_a_row_that_a_template_refuses(tiny_world: World, tmp_path: Path) -> None:
+    refusing = changed_copy(
+        tiny_world.teachers["sort"],
+        tmp_path / "m",
+        template=lambda text: "{{ raise_exception('no') }}" + text,
+    )
+    overrides = words(tiny_world, tmp_path, "x", teachers__sort__model=refusing)
+    found = complaint("mopd_ctkd", overrides)
+    assert "data.path: row " in found and "teachers.sort: " in found
+    assert "the chat template refuses messages of user (no); change" in found
+
+
+def test_a_secret_in_the_place_of_its_name(tiny_world: World, tmp_path: Path) -> None:
+    backend = "{type: vllm, urls: ['http://127.0.0.1:1'], api_key_env: sk-SECRET-123}"
+    found = complaint("mopd_ctkd", words(tiny_world, tmp_path, "x", rollout__backend=backend))
+    assert "rollout.backend.api_key_env: give the NAME" in found and "SECRET" not in found
+
+
+def test_nobody_to_write_the_off_policy_answers(tiny_world: World, tmp_path: Path) -> None:
+    """Though other prompts have an author."""
+    overrides = words(
+        tiny_world,
+        tmp_path,
+        "x",
+        rollout__lmbda=0.99,
+        rollout__off_policy="teacher",
+        teachers__upper__backend__type="uniform",
+    )
+    done = launch("mopd_ctkd", overrides, timeout=120)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "rollout.off_policy=teacher: no teacher of prompt " in done.stderr
+    assert not (tmp_path / "x" / "metrics.jsonl").exists()
+
+
+def test_a_context_that_some_answers_exceed(tiny_world: World, tmp_path: Path) -> None:
+    narrow = changed_copy(
+        tiny_world.teachers["sort"], tmp_path / "m", config={"max_position_embeddings": 26}
+    )
+    overrides = words(tiny_world, tmp_path, "x", train__steps=2, teachers__sort__model=narrow)
+    done = launch("mopd_ctkd", overrides, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "warning: teachers.sort: reads 26 tokens, and " in " ".join(done.stdout.split())
+    lines = step_lines(tmp_path / "x")
+    assert sum(line.get("missing/sort/context", 0) for line in lines) > 0

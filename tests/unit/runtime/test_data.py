@@ -56,6 +56,12 @@ def test_rows_become_prompts(tmp_path: Path) -> None:
         (json.dumps(row(id="a")), "id 'a' is used twice"),
         (json.dumps(row(domain="law")), "no teacher judges domain='law'"),
         (json.dumps({"messages": MESSAGES}), "no teacher judges domain='default'"),
+        (json.dumps(row(messages=[{"role": "user", "content": "a\ud83d"}])), "(\\ud83d)"),
+        (json.dumps(row(response="\udc00")), "'response' holds half a character"),
+        (json.dumps(row(answer="\udc00")), "'answer' holds half a character"),
+        (json.dumps(row(id="\udc00")), "'id' holds half a character"),
+        ("[" * 100_000, "not JSON"),
+        ('{"id": ' + "1" * 5000 + "}", "not JSON"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, bad: str, message: str) -> None:
@@ -81,6 +87,22 @@ def test_line_separators_inside_a_string_are_text(tmp_path: Path, character: str
     path.write_text(text + "\n", encoding="utf-8")
     (prompt,) = read_prompts(path, router=ROUTER, teacher_key="domain")
     assert prompt.messages[0]["content"] == content
+
+
+def test_half_a_character_in_what_nobody_reads_is_let_pass(tmp_path: Path) -> None:
+    assert read_one(tmp_path, row(note="\udc00"), ROUTER).teachers == ("math",)
+    emoji = row(messages=[{"role": "user", "content": "\U0001f600"}])
+    assert read_one(tmp_path, emoji, ROUTER).messages[0]["content"] == "\U0001f600"
+    with pytest.raises(ConfigError, match="'hint' holds half a character"):
+        read_one(tmp_path, row(hint="\udc00"), knowing(field="hint"))
+
+
+def test_a_file_of_another_encoding_is_named_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    line = json.dumps(row(messages=[{"role": "user", "content": "\u00e9"}]), ensure_ascii=False)
+    path.write_bytes(json.dumps(row()).encode() + b"\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(ConfigError, match=r"d\.jsonl:2: not UTF-8 .*; save the file as UTF-8"):
+        read_prompts(path, router=ROUTER, teacher_key="domain")
 
 
 def knowing(top_k: int | None = 8, **privileged: Any) -> Router:

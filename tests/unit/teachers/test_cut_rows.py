@@ -93,10 +93,48 @@ def test_rows_that_are_missing_stay_missing(near: HfTeacher, rollouts: list[Roll
     assert np.isnan(cut.topk_logprobs).all() and not cut.valid.any()
 
 
-def test_whole_rows_have_no_list(near: HfTeacher, rollouts: list[Rollout]) -> None:
-    (scores,) = near.score(rollouts[:1])
-    with pytest.raises(ValueError, match="whole rows"):
-        cut_rows(replace(scores, topk_ids=None), 2)
+class Whole:
+    """A teacher that sends whole rows, whatever it was asked for."""
+
+    def __init__(self, near: HfTeacher, whole: HfTeacher) -> None:
+        self.name, self.tokenizer = near.name, near.tokenizer
+        self.score, self.accuracy, self.close = whole.score, whole.accuracy, whole.close
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_world: World, near: HfTeacher, student: ChatTokenizer) -> HfTeacher:
+    return HfTeacher(
+        "sort",
+        tiny_world.teachers["sort"],
+        tokenizer=near.tokenizer,
+        student=student,
+        device=torch.device("cpu"),
+        options=HfOptions(top_k=None, temperature=1.0, batch_size=4),
+    )
+
+
+def test_whole_rows_become_lists(
+    near: HfTeacher, whole: HfTeacher, rollouts: list[Rollout]
+) -> None:
+    """All rows of a teacher, so that one batch holds them together."""
+    pool = TeacherPool({"sort": Whole(near, whole)}, top_k=TOP_K)
+    check_widths([each["sort"] for each in pool.score(rollouts)], near.score(rollouts))
+    (scores,) = whole.score(rollouts[:1])
+    size = near.tokenizer.vocabulary.size
+    everything = cut_rows(scores, size + 5)
+    assert everything.topk_ids is not None and np.isneginf(everything.log_tail).all()
+    assert np.sort(everything.topk_ids, axis=1).tolist() == [[*range(size)]] * len(scores.valid)
+    gone = replace(scores, valid=np.zeros_like(scores.valid))
+    cut = cut_rows(replace(gone, topk_logprobs=np.full_like(scores.topk_logprobs, np.nan)), 2)
+    assert cut.topk_ids is not None and (cut.topk_ids == -1).all()
+
+
+def test_without_a_number_whole_rows_stay_whole(
+    near: HfTeacher, whole: HfTeacher, rollouts: list[Rollout]
+) -> None:
+    rollouts = [replace(r, prompt=replace(r.prompt, top_k=None)) for r in rollouts]
+    found = TeacherPool({"sort": Whole(near, whole)}).score(rollouts)
+    assert all(each["sort"].topk_ids is None for each in found)
 
 
 def check_widths(found: list[TeacherScores], full: list[TeacherScores]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from mopd.demo.spec import WorldSpec
 from mopd.demo.tokenizers import CHATML, make_tokenizer
 from mopd.errors import ConfigError
+from mopd.serving.reply import AMBIGUOUS
 from mopd.teachers.base import teacher_input
 from mopd.teachers.remote import names_of
 from mopd.tokens.chat import ANSWER, ChatTokenizer
@@ -36,7 +38,7 @@ def test_the_end_of_turn_can_be_named() -> None:
     assert other.eos_id == other.vocabulary.eos_id != own.eos_id
     assert other.vocabulary.token_bytes[other.eos_id] == b""
     assert other.vocabulary.token_bytes[own.eos_id] == END.encode()
-    assert names_of(other)[""] == names_of(other)["<|endoftext|>"] == other.eos_id
+    assert names_of(other)["<|endoftext|>"] == other.eos_id
     # the template writes what the model was trained on
     messages = (USER, {"role": "assistant", "content": "x"})
     for chat in (own, other):
@@ -45,6 +47,23 @@ def test_the_end_of_turn_can_be_named() -> None:
         )
     assert ChatTokenizer(raw(eos_token=None), eos_token=END).eos_id == own.eos_id
     assert ChatTokenizer(raw(pad_token=None), eos_token="<|endoftext|>").pad_id == other.eos_id
+
+
+def test_nothing_is_the_end_of_the_turn_only_where_no_other_token_may_be_left_out() -> None:
+    chat = ChatTokenizer(raw())
+    names = names_of(chat)
+    assert names[""] == AMBIGUOUS and names[END] == chat.eos_id
+    lonely = copy.copy(chat)
+    lonely.vocabulary = copy.copy(chat.vocabulary)
+    lonely.vocabulary.control = np.arange(chat.vocabulary.size) == chat.eos_id
+    assert names_of(lonely)[""] == chat.eos_id
+
+
+def test_a_template_that_refuses_the_messages_is_a_mistake_with_its_reason() -> None:
+    chat = ChatTokenizer(raw("{{ raise_exception('only users here') }}"))
+    wanted = r"the chat template refuses messages of user, tool \(only users here\); change"
+    with pytest.raises(ConfigError, match=wanted):
+        chat.prompt_ids((USER, {"role": "tool", "content": "x"}))
 
 
 def test_a_teacher_with_another_end_of_turn_is_another_vocabulary() -> None:
