@@ -50,7 +50,7 @@ class TeacherBackendSection(RemoteSection):
     type: Literal["hf", "uniform", "custom", "vllm", "mopd", "openai", "sglang", "trl"] = "hf"
     target: str | None = None  # package.module:Name, for `custom`
     batch_size: PositiveInt = 64  # of hf
-    entries_per_request: PositiveInt = 1 << 17  # tokens times k of one request, at most
+    entries_per_request: PositiveInt = 1 << 17  # tokens times k of one; an answer is never split
     wire: Literal["fp32", "fp16"] = "fp32"  # of type mopd: the top-k's log-probabilities
     tolerance: PositiveFloat = 0.05  # between two scores of one text by the same model
     canary_interval: NonNegativeInt = 50  # requests for scores between two looks at a fixed text

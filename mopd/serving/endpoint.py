@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from mopd.serving.http import (
     HttpServer,
     RefusedError,
     RetryableError,
+    ServerError,
     api_key,
 )
 from mopd.serving.protocols import SMALL_REPLY, Query, ServerProtocol
@@ -26,6 +27,7 @@ from mopd.serving.reply import ArrayRows, Entries
 from mopd.serving.scoring import ScoredSequence
 
 HEALTH_PAUSE_S = 0.5
+PROBE = ScoredSequence(ids=np.array([0, 1]), start=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,11 @@ class _Tokens(msgspec.Struct):
 
 
 class Endpoint:
-    """``probe`` is asked before anything is believed that came over a new connection."""
+    """``probe`` is asked before anything is believed that came over a new connection.
+
+    Each of its requests has the deadline of a request; the check as a whole has none of its own,
+    so that a server that is slow and answers every time is not given up for ever.
+    """
 
     def __init__(self, url: str, options: EndpointOptions) -> None:
         self._options = options
@@ -73,10 +79,10 @@ class Endpoint:
         self.protocol = options.protocols[-1]  # `find_model` may find a better one
         self.model: str = ""
         self.max_length: int | None = None  # tokens of a prompt, from the server's own limit
-        self.probe: Callable[[Endpoint], Any] | None = None
+        self.probe: Callable[[Endpoint], Awaitable[None]] = Endpoint.find_model
         self.probe_interval = 0  # requests for scores between two probes; 0: new connections only
         self._unprobed = 0
-        self._probing = asyncio.Lock()
+        self._check: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Waits until the server is healthy and finds its model's name and limit.
@@ -100,8 +106,10 @@ class Endpoint:
         """Asks what is served, and which of the protocols it is served by.
 
         Raises:
-            RefusedError: another kind of server, no such model, or another one than before.
+            RefusedError: another kind of server, no such model, another one than before, or a
+                host whose name leads elsewhere by now.
         """
+        await self._http.resolve()
         try:
             listed = await self.protocol.models(self._get)
         except (ValueError, RefusedError) as error:
@@ -133,16 +141,40 @@ class Endpoint:
         return await self._http.request("GET", path, max_bytes=SMALL_REPLY)
 
     async def _best_protocol(self) -> ServerProtocol:
-        """The first that brings scores of two tokens; the last needs no proof."""
+        """The first that brings scores of two tokens; the last needs no proof, unless another
+        one is there and broken.
+
+        Raises:
+            RetryableError: no answer in time, or 5xx from all that the server has.
+        """
         *others, last = self._options.protocols
-        probe = ScoredSequence(ids=np.array([0, 1]), start=1)
+        broken: RetryableError | None = None
         for protocol in others:
             try:
-                await self._request(protocol, (probe,), 1, 1.0)
+                await self._request(protocol, (PROBE,), 1, 1.0)
             except (RefusedError, BadReplyError):
                 continue
+            except RetryableError as error:
+                if error.reason != "status_5xx":
+                    raise
+                broken = broken or error
+                continue
             return protocol
+        if broken is not None:
+            await self._stand_in(last, broken)
         return last
+
+    async def _stand_in(self, protocol: ServerProtocol, broken: RetryableError) -> None:
+        """Whether ``protocol`` answers where a better one fails."""
+        try:
+            await self._request(protocol, (PROBE,), 1, 1.0)
+        except ServerError as error:
+            raise RetryableError(
+                self.url,
+                broken.reason,
+                f"{broken.args[2]}, and {protocol.path} does no better ({error.args[2]}); look "
+                "at the server's log, and start it again",
+            ) from error
 
     async def score(
         self, sequences: Sequence[ScoredSequence], k: int | None
@@ -155,18 +187,18 @@ class Endpoint:
         """
         self._unprobed += 1
         if self._unverified():
-            await self._verify()
+            await self.verify()
         protocol, temperature = self.protocol, self._options.temperature
         try:
             reply = await self._ask(sequences, k, temperature)
         except RefusedError:
             if self._http.reconnected:
-                await self._verify()
+                await self.verify()
             if self.protocol is protocol:
                 raise
-            return await self._ask(sequences, k, temperature)  # it came back with other paths
+            reply = await self._ask(sequences, k, temperature)  # it came back with other paths
         if self._http.reconnected:
-            await self._verify()
+            await self.verify()
         return reply
 
     async def write(self, draft: Draft) -> tuple[np.ndarray, bool]:
@@ -176,25 +208,32 @@ class Endpoint:
             RetryableError, RefusedError, BadReplyError, and what ``probe`` raises.
         """
         if self._unverified():
-            await self._verify()
+            await self.verify()
         body = await self._http.request(
             "POST", drafts.PATH, draft.body(self.model), max_bytes=draft.max_bytes
         )
         if self._http.reconnected:
-            await self._verify()
+            await self.verify()
         try:
             return draft.read(body)
         except ValueError as error:
             raise BadReplyError(self.url, "json", f"a reply of another shape: {error}") from error
 
-    async def _verify(self) -> None:
-        """One probe for all requests that wait for it."""
-        async with self._probing:
-            if self._unverified():
-                # before the probe: it must see the connections that it opens itself as known
-                if self.probe is not None:
-                    await self.probe(self)
-                self._http.reconnected, self._unprobed = False, 0
+    async def verify(self) -> None:
+        """One probe for all that wait for it; it goes on when they are tired of waiting.
+
+        Raises:
+            RetryableError, RefusedError, BadReplyError, and what ``probe`` raises.
+        """
+        if self._check is None or self._check.done():
+            self._check = asyncio.create_task(self._probed())
+            self._check.add_done_callback(_told)
+        await asyncio.shield(self._check)
+
+    async def _probed(self) -> None:
+        await self.probe(self)
+        # only now: the connections that it opened itself are known as well
+        self._http.reconnected, self._unprobed = False, 0
 
     def _unverified(self) -> bool:
         return self._http.reconnected or 0 < self.probe_interval < self._unprobed
@@ -267,3 +306,9 @@ class Endpoint:
 
     async def close(self) -> None:
         await self._http.close()
+
+
+def _told(check: asyncio.Task[None]) -> None:
+    """A failure that nobody waited for is none: the next request asks again."""
+    if not check.cancelled():
+        check.exception()

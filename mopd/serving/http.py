@@ -15,6 +15,8 @@ from mopd.config.urls import check_address, checked_url
 from mopd.errors import ConfigError, MopdError
 
 SHOWN = 200  # characters of a server's own words in our message
+IDLE_S = 600.0  # an unused connection is kept so long, if the server keeps it
+MAX_AFTER_S = 30  # of a server's own wish; a longer one is not waited for
 
 
 class ServerError(MopdError, RuntimeError):
@@ -29,7 +31,12 @@ class ServerError(MopdError, RuntimeError):
 
 
 class RetryableError(ServerError):
-    """No connection, a reset, a deadline, 429 or 5xx: another try or replica may do better."""
+    """No connection, a reset, a deadline, 429 or 5xx: another try or replica may do better.
+
+    ``after_s``: how long the server wants to be left alone, where it says so.
+    """
+
+    after_s: float = 0.0
 
 
 class RefusedError(ServerError):
@@ -89,7 +96,9 @@ class HttpServer:
             self._client = httpx.AsyncClient(
                 headers=headers,
                 timeout=httpx.Timeout(options.deadline_s, connect=options.connect_s),
-                limits=httpx.Limits(max_connections=options.max_connections),
+                limits=httpx.Limits(
+                    max_connections=options.max_connections, keepalive_expiry=IDLE_S
+                ),
                 follow_redirects=False,
                 trust_env=False,
             )
@@ -159,7 +168,11 @@ class HttpServer:
                     if response.status_code != 200:
                         break
                     raise BadReplyError(self.url, "size", f"the reply exceeds {max_bytes} bytes")
-        self._check_status(response.status_code, path, bytes(received))
+        try:
+            self._check_status(response.status_code, path, bytes(received))
+        except RetryableError as error:
+            error.after_s = _seconds(response.headers.get("retry-after", ""))
+            raise
         return bytes(received)
 
     async def _trace(self, event: str, info: object) -> None:
@@ -191,3 +204,9 @@ class HttpServer:
         if self._client is not None:
             await self._client.aclose()
             self._client = None
+
+
+def _seconds(text: str) -> float:
+    """Of a Retry-After header; 0 for dates, nonsense and whatever is too long."""
+    plain = text.isascii() and text.isdigit() and len(text) <= 3
+    return float(text) if plain and int(text) <= MAX_AFTER_S else 0.0

@@ -7,10 +7,10 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError, wait
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,16 +18,23 @@ import numpy as np
 from mopd.errors import TeacherError, TeacherExhausted
 from mopd.serving.drafts import Draft
 from mopd.serving.endpoint import Endpoint
-from mopd.serving.http import BadReplyError, RefusedError, RetryableError, ServerError
+from mopd.serving.http import (
+    MAX_AFTER_S,
+    BadReplyError,
+    RefusedError,
+    RetryableError,
+    ServerError,
+)
 from mopd.serving.reply import ArrayRows, Entries
-from mopd.serving.retry import RetryOptions
+from mopd.serving.retry import LATE_S, RetryOptions, all_of, attempt
 from mopd.serving.scoring import ScoredSequence
 
 T = TypeVar("T")
 
+BUSY = "busy"
 FATAL = ("key", "redirect", "address", "model")  # refusals that no other request would change
 MAX_PAUSE_S = 2.0
-LATE_S = 0.5  # an attempt beyond its own deadline: the check of a new connection may hang as well
+LONGER = 1.25  # than a server asked to be left alone, at most: not all come back together
 SLACK_S = 30.0  # of waits that end by themselves earlier
 START_REQUESTS = 64  # of the checks of one server, at most
 CLOSE_S = 5.0
@@ -41,16 +48,23 @@ class _State:
     endpoint: Endpoint
     outstanding: int = 0
     failures: int = 0  # in a row, several at a time count once; 0: it is well
+    doubted: bool = False  # it refused a prompt, and its probe has not ended since
+    cleared: int = 0  # refusals in doubt that the next probe found a well server behind
     turn: int = 0  # of its last request
     reviving: asyncio.Task[None] | None = None
+
+    @property
+    def is_well(self) -> bool:
+        return not (self.failures or self.doubted)
 
 
 class Replicas:
     """Calls block; the requests run concurrently in one background thread.
 
-    A replica that failed gets no request until it has passed ``endpoint.probe``, so one that hangs
-    costs a single deadline and not one every step. ``events`` counts what went wrong, by reason,
-    whether a retry mended it or not.
+    A replica that failed or refused gets no request until it has passed ``endpoint.probe``, so one
+    that hangs costs a single deadline and not one every step. A refused prompt is asked again: at
+    fault is a prompt that was refused twice, by at least one replica that is well. ``events``
+    counts what went wrong, by reason, whether a retry mended it or not.
     """
 
     def __init__(
@@ -130,7 +144,8 @@ class Replicas:
         """Longer than any request that ends by its own rules."""
         tries = self._options.max_retries + 2
         deadline_s = max(endpoint.deadline_s for endpoint in self.endpoints)
-        each = deadline_s + LATE_S + 1.5 * MAX_PAUSE_S
+        # a probe may come before every attempt
+        each = 2 * (2 * deadline_s + LATE_S) + 1.5 * MAX_PAUSE_S + LONGER * MAX_AFTER_S
         return tries * each + self._options.restart_budget_s + SLACK_S
 
     def score(
@@ -143,8 +158,8 @@ class Replicas:
             TeacherError: a server that is not the one it was, or refuses us altogether.
         """
         groups = self._groups(prompts, k)
-        works = [self._group(group, k) for group in groups]
-        found = self.run(_all(works), patience_s=self._patience_s)
+        works = [partial(self._group, group, k) for group in groups]
+        found = self.run(all_of(works), patience_s=self._patience_s)
         return [one for group in found for one in group]
 
     def _groups(
@@ -177,7 +192,8 @@ class Replicas:
             except (BadReplyError, RefusedError) as error:
                 raise TeacherError(f"teachers.{self.name}: {error}") from error
 
-        return self.run(_all([one(draft) for draft in drafts]), patience_s=self._patience_s)
+        works = [partial(one, draft) for draft in drafts]
+        return self.run(all_of(works), patience_s=self._patience_s)
 
     async def _group(
         self, group: list[ScoredSequence], k: int | None
@@ -194,30 +210,60 @@ class Replicas:
         return [one for prompt in group for one in await self._group([prompt], k)]
 
     async def _tries(self, ask: Callable[[Endpoint], Awaitable[T]]) -> T:
-        began, tries = time.monotonic(), 0
+        began, tries, busy = time.monotonic(), 0, 0
+        refusals: list[tuple[_State, int]] = []  # by whom, and its `cleared` before
         try:
             while True:
                 state = await self._acquire(began)
                 try:
-                    async with _deadline(state.endpoint):
+                    async with attempt(state.endpoint):
                         found = await ask(state.endpoint)
                 except ServerError as error:
-                    tries += 1
-                    self._failed(state, error)
-                    spent = tries > self._options.max_retries
-                    if not isinstance(error, RetryableError):
-                        if isinstance(error, RefusedError) or spent:
-                            raise
-                    elif spent and self._is_over(began):
-                        raise self._exhausted(tries) from error
+                    failure, known = error, _is_witness(state, refusals)
+                    if _is_doubtful(error):
+                        refusals.append((state, state.cleared))
+                    else:
+                        tries += 1
+                    self._failed(state, error, known=known)
+                    self._check_over(error, tries, began)
                 else:
                     self._answered = time.monotonic()
                     return found
                 finally:
                     state.outstanding -= 1
                     await self._notify()
+                if _is_doubtful(failure):
+                    if len(refusals) > 1 and await self._is_at_fault(refusals):
+                        raise failure
+                elif failure.reason == BUSY:
+                    busy += 1
+                    await asyncio.sleep(self._pause(busy, failure))
         finally:
             self._moved = time.monotonic()
+
+    def _check_over(self, error: ServerError, tries: int, began: float) -> None:
+        """Raises what ends a request: ``error`` itself, or TeacherExhausted."""
+        spent = tries > self._options.max_retries
+        if isinstance(error, RetryableError):
+            if spent and self._is_over(began):
+                raise self._exhausted(tries) from error
+        elif not _is_doubtful(error) and (spent or isinstance(error, RefusedError)):
+            raise error
+
+    async def _is_at_fault(self, refusals: Sequence[tuple[_State, int]]) -> bool:
+        """Whether one that refused the prompt is well, by its next probe.
+
+        False: all that refused it were away; it is to be asked again.
+        """
+        async with self._changed:
+            while True:
+                if self._broken is not None:
+                    raise self._broken
+                if any(_is_witness(state, refusals) for state, _ in refusals):
+                    return True
+                if not any(state.doubted for state, _ in refusals):
+                    return False
+                await self._changed.wait()
 
     def _is_over(self, since: float) -> bool:
         return time.monotonic() - since >= self._options.restart_budget_s
@@ -233,38 +279,45 @@ class Replicas:
         async with self._changed:
             self._changed.notify_all()
 
-    def _failed(self, state: _State, error: ServerError) -> None:
-        """Only what says that the server is unwell takes it out of turn."""
+    def _failed(self, state: _State, error: ServerError, *, known: bool) -> None:
+        """Only what says that the server may be unwell takes it out of turn; not a refusal of what
+        it is ``known`` to refuse when it is well."""
         self.events[error.reason] += 1
         self._last = error
-        if isinstance(error, RetryableError) and not state.failures:
-            state.failures = 1
+        was_well = state.is_well
+        if isinstance(error, RetryableError) and error.reason != BUSY:
+            state.failures = max(state.failures, 1)
+        elif _is_doubtful(error) and not known and was_well:
+            state.doubted = True
+        if was_well and not state.is_well:
             state.reviving = asyncio.create_task(self._revive(state))
 
+    def _pause(self, failures: int, error: ServerError | None = None) -> float:
+        """Seconds, longer with every failure, and as long as the server asks for."""
+        pause = min(self._options.pause_s * 2.0 ** min(max(failures - 1, 0), 16), MAX_PAUSE_S)
+        after_s = error.after_s if isinstance(error, RetryableError) else 0.0
+        return max(
+            pause * self._random.uniform(0.5, 1.5), after_s * self._random.uniform(1.0, LONGER)
+        )
+
     async def _revive(self, state: _State) -> None:
-        """Probes a replica that failed until it is well; no rollout waits for its answer."""
-        while state.failures and self._broken is None:
-            pause = min(self._options.pause_s * 2.0 ** min(state.failures - 1, 16), MAX_PAUSE_S)
-            await asyncio.sleep(pause * self._random.uniform(0.5, 1.5))
+        """Probes a replica out of turn until it is well; no rollout waits for its answer."""
+        while not state.is_well and self._broken is None:
+            await asyncio.sleep(self._pause(state.failures))
             try:
-                async with _deadline(state.endpoint):
-                    await self._probe(state.endpoint)
-                state.failures = 0
+                async with attempt(state.endpoint):
+                    await state.endpoint.verify()
+                state.cleared += state.doubted
+                state.failures, state.doubted = 0, False
             except ServerError as error:
                 self.events[error.reason] += 1
                 self._last = error
-                state.failures += 1
+                state.failures, state.doubted = state.failures + 1, False
                 if error.reason in FATAL:
                     self._broken = TeacherError(f"teachers.{self.name}: {error}")
             except Exception as error:  # raised where the next request waits
                 self._broken = error
             await self._notify()
-
-    async def _probe(self, endpoint: Endpoint) -> None:
-        if endpoint.probe is None:
-            await endpoint.find_model()
-        else:
-            await endpoint.probe(endpoint)
 
     async def _acquire(self, began: float) -> _State:
         """The least busy replica that is well.
@@ -282,7 +335,7 @@ class Replicas:
                 ):
                     raise self._exhausted(failures)
                 most = self._options.max_outstanding
-                free = [s for s in self._states if not s.failures and s.outstanding < most]
+                free = [s for s in self._states if s.is_well and s.outstanding < most]
                 if free:
                     state = min(free, key=lambda state: (state.outstanding, state.turn))
                     state.outstanding += 1
@@ -313,36 +366,11 @@ class Replicas:
             await endpoint.close()
 
 
-@asynccontextmanager
-async def _deadline(endpoint: Endpoint) -> AsyncIterator[None]:
-    """Of an attempt as a whole, of which a request is a part.
-
-    Raises:
-        RetryableError: with the reason timeout.
-    """
-    try:
-        async with asyncio.timeout(endpoint.deadline_s + LATE_S):
-            yield
-    except TimeoutError as error:
-        raise RetryableError(
-            endpoint.url,
-            "timeout",
-            f"no answer within {endpoint.deadline_s:g} s, with the check of a new connection; "
-            "raise backend.deadline_s, or look at the server",
-        ) from error
+def _is_doubtful(error: ServerError) -> bool:
+    """A refusal: of this prompt, or by a server that is not itself (404 on every path)."""
+    return isinstance(error, RefusedError) and error.reason not in FATAL
 
 
-async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All of them, or the first error."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(work) for work in works]
-    except BaseExceptionGroup as errors:
-        raise _first(errors) from errors
-    return [task.result() for task in running]
-
-
-def _first(errors: BaseException) -> BaseException:
-    while isinstance(errors, BaseExceptionGroup):
-        errors = errors.exceptions[0]
-    return errors
+def _is_witness(state: _State, refusals: Sequence[tuple[_State, int]]) -> bool:
+    """Whether it refused the prompt while it was well."""
+    return any(one is state and state.cleared > cleared for one, cleared in refusals)

@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class ScoreMiddleware:
                 await send_answer(send, 200, "application/json", [body])
                 return
             request = read_request(await read_body(receive), limits=limits)
-            rows = await _score(engine, request)
+            rows = await while_connected(receive, _score(engine, request))
             header = encode_header(request.header(model=fingerprint))
             await send_answer(send, 200, CONTENT_TYPE, [header, rows])
         except RequestError as error:
@@ -94,6 +94,11 @@ class ScoreMiddleware:
 
 
 async def _prepare(engine: Any) -> tuple[str, ScoreLimits]:
+    if (engines := engine.vllm_config.parallel_config.data_parallel_size) > 1:
+        raise RequestError(
+            f"data_parallel_size is {engines}, and rows come back from the first engine alone: "
+            "start one server for each, and name all of them in backend.urls"
+        )
     widths = await engine.collective_rpc("mopd_install", timeout=RPC_SECONDS)
     config = engine.vllm_config.model_config
     fingerprint = await asyncio.to_thread(model_fingerprint, Path(config.model))
@@ -119,16 +124,18 @@ async def _score(engine: Any, request: ScoreRequest) -> bytes:
         answers = await engine.collective_rpc(
             "mopd_take", timeout=RPC_SECONDS, args=(spans, request.wire)
         )
+        expected = request.header(model="").body_bytes()
+        for rows in answers:
+            if len(rows) == expected:
+                return rows
+        raise RequestError("the engine lost rows; send the request again", status=503)
     except BaseException:
         for task in tasks:
             task.cancel()
+        # a request that still runs would put rows behind the call that drops them
+        await asyncio.gather(*tasks, return_exceptions=True)
         await engine.collective_rpc("mopd_drop", timeout=RPC_SECONDS, args=(keys,))
         raise
-    expected = request.header(model="").body_bytes()
-    for rows in answers:
-        if len(rows) == expected:
-            return rows
-    raise RequestError("the engine lost rows; send the request again", status=503)
 
 
 async def _prefill(
@@ -163,6 +170,30 @@ async def _refuse(scope: dict[str, Any], send: Send) -> None:
         await send({"type": "websocket.close", "code": 1008})
     else:
         await send_error(send, RequestError("a wrong token, or none", status=401))
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, bytes]) -> bytes:
+    """The result of ``work``, which is cancelled when the client goes away.
+
+    Raises:
+        RequestError: it went away.
+    """
+    gone = asyncio.create_task(_disconnected(receive))
+    working = asyncio.create_task(work)
+    try:
+        await asyncio.wait((gone, working), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise RequestError("the client went away")
+    finally:
+        for task in (gone, working):
+            task.cancel()
+        await asyncio.gather(gone, working, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def read_body(receive: Receive) -> bytes:

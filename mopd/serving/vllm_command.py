@@ -16,6 +16,8 @@ OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
+    # seconds; a connection that was closed while a step took long is checked as a new one
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
 }
 # A small model on few cores: 1 GiB of cache, threads that the scheduler may move.
 SMALL_CPU = {

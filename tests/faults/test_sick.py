@@ -235,11 +235,12 @@ def test_no_wait_is_for_ever_even_where_deadlines_fail(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Something keeps the thread of the requests: no deadline in it can fire."""
-    monkeypatch.setattr(replicas_module, "SLACK_S", 0.0)
+    monkeypatch.setattr(replicas_module, "SLACK_S", -4.7)
+    monkeypatch.setattr(replicas_module, "MAX_AFTER_S", 0)
     monkeypatch.setattr(replicas_module, "MAX_PAUSE_S", 0.01)
     monkeypatch.setattr(replicas_module, "CLOSE_S", 0.1)
     server = bench.server()
-    teacher = bench.teacher(server, deadline_s=0.1, max_retries=0)
+    teacher = bench.teacher(server, deadline_s=0.5, max_retries=0)
     free = threading.Event()
     loop_of(teacher).call_soon_threadsafe(free.wait, 60.0)
     begin = time.monotonic()
@@ -253,7 +254,8 @@ def test_a_slow_teacher_that_moves_is_waited_for(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer in all than the patience for a single request."""
-    monkeypatch.setattr(replicas_module, "SLACK_S", -2.5)
+    monkeypatch.setattr(replicas_module, "SLACK_S", -15.5)
+    monkeypatch.setattr(replicas_module, "MAX_AFTER_S", 0)
     monkeypatch.setattr(replicas_module, "MAX_PAUSE_S", 0.01)
     server = bench.server()
     teacher = bench.teacher(server, deadline_s=2.0, max_retries=0)

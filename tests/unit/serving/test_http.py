@@ -85,6 +85,26 @@ def test_statuses(status: int, kind: type[ServerError], reason: str) -> None:
     assert str(caught.value).isprintable() and "169.254" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("said", "after_s"),
+    [
+        ("0", 0.0),
+        ("7", 7.0),
+        ("30", 30.0),
+        ("31", 0.0),
+        ("9" * 5000, 0.0),
+        ("-1", 0.0),
+        ("1.5", 0.0),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0),
+    ],
+)
+def test_how_long_a_server_wants_to_be_left_alone(said: str, after_s: float) -> None:
+    """Whole seconds, and not too many of them."""
+    with pytest.raises(RetryableError) as caught:
+        exchange(plain(429, **{"Retry-After": said}))
+    assert caught.value.after_s == after_s
+
+
 def test_the_key_is_never_repeated() -> None:
     with pytest.raises(RetryableError) as caught:
         exchange(plain(500, b"your key is hunter2!"), key="hunter2")

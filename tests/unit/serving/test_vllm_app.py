@@ -30,11 +30,23 @@ class Engine:
 
     def __init__(self, model: Path) -> None:
         config = SimpleNamespace(model=str(model), max_model_len=8)
-        self.vllm_config = SimpleNamespace(model_config=config)
+        parallel = SimpleNamespace(data_parallel_size=1)
+        self.vllm_config = SimpleNamespace(model_config=config, parallel_config=parallel)
         self.calls: list[str] = []
         self.dropped: list[str] = []
         self.loses_rows = False
         self.failure: Exception | None = None
+        self.running: set[str] = set()
+        self.endless = False
+
+    async def run(self, key: str) -> None:
+        """Until it is cancelled, which takes the engine a moment."""
+        self.running.add(key)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+            self.running.discard(key)
 
     async def collective_rpc(self, method: str, *, timeout: float, args: tuple = ()) -> list[Any]:
         assert timeout
@@ -42,6 +54,7 @@ class Engine:
         if method == "mopd_install":
             return [9, 9]
         if method == "mopd_drop":
+            assert not self.running, "rows would come behind the call that drops them"
             self.dropped += args[0]
             return [None, None]
         spans, wire = args
@@ -66,8 +79,10 @@ def engine(tiny_world: World, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
     async def prefill(given: Any, request: Any, sequence: Any, *, key: str) -> None:
         assert given is engine and len(sequence.ids) > sequence.start
-        if engine.failure:
+        if engine.failure and (len(sequence.ids) == 2 or not engine.endless):
             raise engine.failure
+        if engine.endless:
+            await engine.run(key)
 
     monkeypatch.setattr(vllm_app, "_prefill", prefill)
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
@@ -83,15 +98,22 @@ def call(
     chunks: list[bytes] | None = None,
     token: str | None = None,
     host: str = "127.0.0.1",
+    gone: bool = False,
 ) -> tuple[int, bytes]:
-    """One request; its body comes in two parts unless ``chunks`` says otherwise."""
+    """One request; its body comes in two parts unless ``chunks`` says otherwise. ``gone``: the
+    client leaves while it waits for the answer."""
     text = json.dumps(BODY).encode()
     chunks = [text[:5], text[5:]] if chunks is None else chunks
     pending = [{"body": c, "more_body": i < len(chunks) - 1} for i, c in enumerate(chunks)]
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", **pending.pop(0)}
+        if pending:
+            return {"type": "http.request", **pending.pop(0)}
+        if not gone:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -104,7 +126,7 @@ def call(
         "server": (host, 80),
         "app": SimpleNamespace(state=SimpleNamespace(engine_client=engine)),
     }
-    asyncio.run(middleware(scope, receive, send))
+    asyncio.run(asyncio.wait_for(middleware(scope, receive, send), 10.0))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 
@@ -179,10 +201,31 @@ def test_a_wrong_body_is_refused(engine: Engine) -> None:
 def test_lost_rows_and_a_failing_engine_leave_nothing_behind(engine: Engine) -> None:
     engine.loses_rows = True
     assert call(ScoreMiddleware(refuse), engine)[0] == 503
+    assert len(engine.dropped) == 2  # the sequence without rows was never sent
     engine.failure = RuntimeError("the engine is dead")
     with pytest.raises(RuntimeError, match="dead"):
         call(ScoreMiddleware(refuse), engine)
-    assert len(engine.dropped) == 2  # the sequence without rows was never sent
+    assert len(engine.dropped) == 4
+    engine.endless = True  # the other request still runs
+    with pytest.raises(RuntimeError, match="dead"):
+        call(ScoreMiddleware(refuse), engine)
+    assert len(engine.dropped) == 6 and not engine.running
+
+
+def test_nothing_is_computed_for_a_client_that_went_away(engine: Engine) -> None:
+    engine.endless = True
+    status, body = call(ScoreMiddleware(refuse), engine, gone=True)
+    assert status == 400 and b"went away" in body  # nobody reads it
+    assert len(engine.dropped) == 2 and not engine.running
+
+
+def test_several_engines_behind_one_server_are_refused(engine: Engine) -> None:
+    """Their rows would come back from the first one alone."""
+    engine.vllm_config.parallel_config.data_parallel_size = 2
+    for path, method in ((MODEL_PATH, "GET"), (SCORE_PATH, "POST")):
+        status, body = call(ScoreMiddleware(refuse), engine, path=path, method=method)
+        assert status == 400 and b"data_parallel_size is 2" in body and b"urls" in body
+    assert engine.calls == []
 
 
 def test_the_start_command() -> None:
