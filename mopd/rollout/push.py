@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,19 +20,33 @@ from mopd.serving.weight_files import write_weights
 
 HOST = torch.device("cpu")
 
+Taken = tuple[str, dict[str, Tensor]]
+
 
 class WeightPush(Protocol):
     """Holds the newest weights, so that a server that lost them can have them again."""
 
+    @property
+    def version(self) -> str | None:
+        """What was taken last."""
+        ...
+
     def take(self, version: str, tensors: Mapping[str, Tensor]) -> None: ...
 
     async def send(self, servers: Sequence[SampleServer]) -> list[ServerError | None]:
-        """Brings the weights to all ``servers``; what went wrong with each."""
+        """Brings the weights to all ``servers``; what went wrong with each.
+
+        `take` may be called by another thread meanwhile.
+        """
+        ...
+
+    def close(self) -> None:
+        """Removes what is left of the weights; safe to call twice."""
         ...
 
 
 class FilePush:
-    """Writes ``<root>/<version>``, and names it to the servers.
+    """Writes ``<root>/<version>``, and names it to the servers. `close` removes it.
 
     Args:
         writes: whether this replica of the trainer is the one that writes.
@@ -41,21 +56,35 @@ class FilePush:
         self._root = root.resolve()
         self._vocab_size, self._deadline_s = vocab_size, deadline_s
         self._writes = writes
-        self._version = ""
+        self._made_root = False
+        self._written: Path | None = None
+        self.version: str | None = None
 
     def take(self, version: str, tensors: Mapping[str, Tensor]) -> None:
         if self._writes:
+            self._made_root |= not self._root.exists()
+            self._written = self._root / version  # by half, if this fails
             write_weights(self._root, version, tensors)
-        self._version = version
+        self.version = version
 
     async def send(self, servers: Sequence[SampleServer]) -> list[ServerError | None]:
+        version = self.version
+        assert version is not None
         update = Update(
-            version=self._version,
+            version=version,
             vocab_size=self._vocab_size,
             deadline_s=self._deadline_s,
-            path=str(self._root / self._version),
+            path=str(self._root / version),
         )
         return list(await asyncio.gather(*(_told(server.update(update)) for server in servers)))
+
+    def close(self) -> None:
+        if self._written is None:
+            return
+        shutil.rmtree(self._written.parent, ignore_errors=True)  # of the session
+        if self._made_root:
+            with suppress(OSError):  # another session is in it
+                self._root.rmdir()
 
 
 class BroadcastPush:
@@ -68,14 +97,22 @@ class BroadcastPush:
     def __init__(self, *, vocab_size: int, deadline_s: float, device: torch.device) -> None:
         self._vocab_size, self._deadline_s = vocab_size, deadline_s
         self._device = device
-        self._version = ""
-        self._tensors: dict[str, Tensor] = {}
+        self._taken: Taken | None = None
+
+    @property
+    def version(self) -> str | None:
+        return None if self._taken is None else self._taken[0]
 
     def take(self, version: str, tensors: Mapping[str, Tensor]) -> None:
-        self._version, self._tensors = version, dict(tensors)
+        self._taken = version, dict(tensors)
+
+    def close(self) -> None:
+        self._taken = None
 
     async def send(self, servers: Sequence[SampleServer]) -> list[ServerError | None]:
         """One group for all servers that this machine reaches from one of its addresses."""
+        taken = self._taken
+        assert taken is not None
         found: dict[str, ServerError | None] = {}
         groups: dict[str, list[SampleServer]] = {}
         for server in servers:
@@ -84,11 +121,11 @@ class BroadcastPush:
             except ChannelError as error:
                 found[server.url] = RetryableError(server.url, "connect", str(error))
         for address, members in groups.items():
-            found |= await self._broadcast(address, members)
+            found |= await self._broadcast(taken, address, members)
         return [found[server.url] for server in servers]
 
     async def _broadcast(
-        self, address: str, servers: Sequence[SampleServer]
+        self, taken: Taken, address: str, servers: Sequence[SampleServer]
     ) -> dict[str, ServerError | None]:
         told = await asyncio.gather(*(s.facts() for s in servers), return_exceptions=True)
         found: dict[str, ServerError | None] = {}
@@ -104,12 +141,13 @@ class BroadcastPush:
                 devices.add(facts.device)
         if members:
             device = self._device if devices == {"cuda"} else HOST
-            answers = await self._meet(address, members, workers, device)
+            answers = await self._meet(taken, address, members, workers, device)
             found |= dict(zip([s.url for s in members], answers, strict=True))
         return found
 
     async def _meet(
         self,
+        taken: Taken,
         address: str,
         servers: Sequence[SampleServer],
         workers: Sequence[int],
@@ -122,23 +160,29 @@ class BroadcastPush:
             device=device if device.type == "cuda" else HOST,
             deadline_s=self._deadline_s,
         ) as channel:
+            firsts = [1 + sum(workers[:n]) for n in range(len(servers))]
+            updates = [self._update(taken, address, channel, first, size) for first in firsts]
             answers = [
-                asyncio.create_task(
-                    _told(server.update(self._update(address, channel, 1 + sum(workers[:n]), size)))
-                )
-                for n, server in enumerate(servers)
+                asyncio.create_task(_told(server.update(update)))
+                for server, update in zip(servers, updates, strict=True)
             ]
 
             def refused() -> bool:
                 return any(answer.done() for answer in answers)
 
-            with suppress(ChannelError):  # each server tells it in its own answer
-                await asyncio.to_thread(channel.send, self._tensors.values(), give_up=refused)
-            return list(await asyncio.gather(*answers))
+            try:
+                with suppress(ChannelError):  # each server tells it in its own answer
+                    await asyncio.to_thread(channel.send, taken[1].values(), give_up=refused)
+                return list(await asyncio.gather(*answers))
+            finally:
+                for answer in answers:  # the thread of a send that is cancelled ends by it
+                    answer.cancel()
 
-    def _update(self, address: str, channel: TrainerChannel, first: int, size: int) -> Update:
+    def _update(
+        self, taken: Taken, address: str, channel: TrainerChannel, first: int, size: int
+    ) -> Update:
         return Update(
-            version=self._version,
+            version=taken[0],
             vocab_size=self._vocab_size,
             deadline_s=self._deadline_s,
             broadcast=Broadcast(
@@ -148,7 +192,7 @@ class BroadcastPush:
                 world_size=size,
                 backend=channel.backend,
                 tensors=tuple(
-                    (name, dtype_name(t), tuple(t.shape)) for name, t in self._tensors.items()
+                    (name, dtype_name(t), tuple(t.shape)) for name, t in taken[1].items()
                 ),
             ),
         )

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,6 +25,9 @@ from mopd.serving.sampling import MAX_SEQUENCES, PROCESSED, EngineFacts, SampleR
 from mopd.types import Prompt, Rollout
 
 T = TypeVar("T")
+
+GLANCE_S = 0.5  # between two looks at whether the thread still lives
+CLOSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,7 @@ class SyncOptions:
 
 class VllmSampler:
     """Calls block and exclude each other, so that no answer overlaps an update by this trainer.
+    The requests run in a background thread, where servers that failed are looked after meanwhile.
 
     ``events`` counts failed requests by reason.
     """
@@ -71,7 +76,6 @@ class VllmSampler:
         self._push = _push(sync, vocab_size=jobs.vocab_size, deadline_s=server.update_s)
         self._tempered = jobs.options(greedy=False).temperature != 1.0
         self._lock = threading.Lock()
-        self._runner = asyncio.Runner()
         self._closed = False
         self._fleet = Fleet(
             [SampleServer(url, server) for url in urls],
@@ -80,6 +84,9 @@ class VllmSampler:
             check=self._check,
             options=fleet,
         )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sampler", daemon=True)
+        self._thread.start()
         try:
             self._room = self._run(self._fleet.start())
         except BaseException:
@@ -147,9 +154,15 @@ class VllmSampler:
         return self._jobs.rollouts(jobs, answers, version=version)
 
     def probe(self, ids: np.ndarray) -> np.ndarray:
-        """[servers, L - 1] log-probabilities of the tokens of ``ids`` [L], at temperature 1."""
+        """[servers that are well, L - 1] log-probabilities of the tokens of ``ids`` [L], at
+        temperature 1; `probed` names the servers."""
         with self._lock:
             return self._run(self._fleet.logprobs(ids.tolist()))
+
+    @property
+    def probed(self) -> Sequence[str]:
+        """URLs, in the order of the rows of the last `probe`."""
+        return self._fleet.probed
 
     def _check(self, server: SampleServer, facts: EngineFacts) -> None:
         if facts.vocab_size < self._jobs.vocab_size:
@@ -165,15 +178,49 @@ class VllmSampler:
             )
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
+        if self._closed or not self._thread.is_alive():
+            work.close()
+            raise SamplerError("rollout.backend: the sampler is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            # every request has a deadline; the thread itself may end
+            while not wait([future], timeout=GLANCE_S).done:
+                if not self._thread.is_alive():
+                    raise SamplerError("rollout.backend: closed while it was asked")
+            return future.result()
+        except CancelledError:
+            raise SamplerError("rollout.backend: closed while it was asked") from None
+        except BaseException:
+            future.cancel()
+            raise
 
     def close(self) -> None:
-        """Safe to call twice; the servers go on."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._runner.run(self._fleet.close())
-                self._runner.close()
+        """Ends what is asked, within seconds; safe to call twice. The servers go on."""
+        held = self._lock.acquire(timeout=CLOSE_S)
+        try:
+            if self._closed:
+                return
+            self._closed = True
+            if self._thread.is_alive():
+                asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+                self._thread.join(timeout=2 * CLOSE_S)
+            if not self._thread.is_alive():
+                self._loop.close()
+            self._push.close()
+        finally:
+            if held:
+                self._lock.release()
+
+    async def _end(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._fleet.close()
+        finally:
+            if others := asyncio.all_tasks() - {asyncio.current_task()}:
+                for task in others:
+                    task.cancel()
+                await asyncio.wait(others, timeout=CLOSE_S / 2)
+            self._loop.stop()
 
 
 def _push(sync: SyncOptions, *, vocab_size: int, deadline_s: float) -> WeightPush:

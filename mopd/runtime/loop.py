@@ -27,7 +27,7 @@ from mopd.runtime.evaluate import (
 from mopd.runtime.learned import save_learned_projections
 from mopd.runtime.ledger import added
 from mopd.runtime.objective import loss_balance, static_weights
-from mopd.runtime.probe import compare, probe_ids
+from mopd.runtime.probe import compare, names_of, probe_ids
 from mopd.runtime.replica import from_lead, gather_leads, sum_over_leads
 from mopd.runtime.report import log_step, mean_of
 from mopd.serving.journal import drop_stale_journals
@@ -110,7 +110,8 @@ def _probe(run: Run) -> float | None:
     if run.sampler is None:
         return None
     tolerance = run.config.rollout.backend.probe_tolerance
-    return compare(own, run.sampler.probe(ids), tolerance=tolerance)
+    found = run.sampler.probe(ids)
+    return compare(own, found, tolerance=tolerance, names=names_of(run.sampler))
 
 
 def _resume(run: Run, sink: Sink) -> State:

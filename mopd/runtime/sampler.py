@@ -22,6 +22,7 @@ from mopd.rollout.vllm import SyncOptions, VllmSampler
 from mopd.runtime.replica import gather_leads, sum_over_leads
 from mopd.runtime.teachers import custom
 from mopd.serving.sample_server import SampleServerOptions
+from mopd.serving.sampling import MAX_DEADLINE_S
 from mopd.serving.vllm_engine import LocalEngine
 from mopd.student.parallel import Topology
 from mopd.tokens.chat import ChatTokenizer
@@ -103,6 +104,7 @@ def _servers(
         root = Path(backend.sync_dir)
     elif topology.dp_rank == 0:
         shutil.rmtree(root, ignore_errors=True)  # of a run that was killed
+    update_s = min(max(backend.deadline_s, backend.start_s), MAX_DEADLINE_S)
     # one text for all replicas: their weights are the same
     session = gather_leads(topology, secrets.token_hex(8))[0]
     return VllmSampler(
@@ -110,7 +112,7 @@ def _servers(
         jobs=jobs,
         server=SampleServerOptions(
             deadline_s=backend.deadline_s,
-            update_s=max(backend.deadline_s, backend.start_s),
+            update_s=update_s,
             start_s=backend.start_s,
             max_outstanding=backend.max_outstanding,
             api_key_env=backend.api_key_env,
@@ -120,7 +122,8 @@ def _servers(
             max_outstanding=backend.max_outstanding,
             max_retries=backend.max_retries,
             restart_budget_s=backend.restart_budget_s,
-            patience_s=backend.deadline_s,
+            patience_s=update_s,
+            tolerance=backend.probe_tolerance,
         ),
         sync=SyncOptions(
             mode=backend.weight_sync,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,6 +21,7 @@ from mopd.serving.http import (
 )
 from mopd.serving.sampling import (
     LOGPROBS_PATH,
+    LOWEST,
     SAMPLE_PATH,
     WEIGHTS_PATH,
     EngineFacts,
@@ -39,6 +39,8 @@ T = TypeVar("T")
 SMALL_REPLY = 1 << 20
 TOKEN_BYTES = 64  # of one token of an answer, at most: an id and a float in JSON
 HEALTH_PAUSE_S = 0.5
+FACTS_S = 10.0  # what a server knows without its engine
+NEVER = 501  # what another try cannot mend
 START_WORDS = (
     "start vLLM with --worker-extension-cls mopd.serving.vllm_weights.WeightsExtension "
     "--middleware mopd.serving.vllm_sampling.SampleMiddleware (docs/samplers.md)"
@@ -68,13 +70,15 @@ class SampleServer:
 
     def __init__(self, url: str, options: SampleServerOptions) -> None:
         self._options = options
-        self._http, self._slow = (self._client(url, s) for s in (options.deadline_s, None))
+        self._http = self._client(url, options.deadline_s)
+        self._quick = self._client(url, min(options.deadline_s, FACTS_S))
+        # an update ends at its own deadline, and says so; this is for a server that hangs
+        self._slow = self._client(url, options.update_s + options.deadline_s)
+        self._clients = (self._http, self._quick, self._slow)
         self.url = self._http.url
 
-    def _client(self, url: str, deadline_s: float | None) -> HttpServer:
+    def _client(self, url: str, deadline_s: float) -> HttpServer:
         options = self._options
-        # an update ends at its own deadline, and says so; this is for a server that hangs
-        deadline_s = options.update_s + options.deadline_s if deadline_s is None else deadline_s
         return HttpServer(
             url,
             HttpOptions(
@@ -93,16 +97,19 @@ class SampleServer:
         while True:
             try:
                 await self._http.request("GET", "/health", max_bytes=SMALL_REPLY)
-                return await self.facts()
+                return await self._facts(self._http)  # the first one looks at the engine
             except RetryableError:
                 if loop.time() >= end:
                     raise
                 await asyncio.sleep(HEALTH_PAUSE_S)
 
     async def facts(self) -> EngineFacts:
-        """What the server is, and the version that it holds now."""
+        """What the server is, and the version that it holds now, within `FACTS_S`."""
+        return await self._facts(self._quick)
+
+    async def _facts(self, client: HttpServer) -> EngineFacts:
         try:
-            body = await self._http.request("GET", WEIGHTS_PATH, max_bytes=SMALL_REPLY)
+            body = await self._request(client, "GET", WEIGHTS_PATH)
         except RefusedError as error:
             if error.reason != "status_4xx":
                 raise
@@ -124,7 +131,8 @@ class SampleServer:
     async def sample(self, request: SampleRequest) -> tuple[str | None, list[Sampled]]:
         """As `decode_answer`."""
         tokens = len(request.tasks) * request.options.max_tokens
-        body = await self._http.request(
+        body = await self._request(
+            self._http,
             "POST",
             SAMPLE_PATH,
             encode_request(request),
@@ -137,25 +145,43 @@ class SampleServer:
 
     async def logprobs(self, ids: Sequence[int]) -> tuple[str | None, np.ndarray]:
         """The version and [L - 1] float32: of the tokens of ``ids`` [L] but the first."""
-        body = await self._http.request(
+        body = await self._request(
+            self._http,
             "POST",
             LOGPROBS_PATH,
             json.dumps({"ids": list(map(int, ids))}).encode(),
             max_bytes=SMALL_REPLY + TOKEN_BYTES * len(ids),
         )
         found = self._decoded(body, _Logprobs)
-        if len(found.logprobs) != len(ids) - 1 or not all(map(math.isfinite, found.logprobs)):
+        if len(found.logprobs) != len(ids) - 1 or not all(
+            LOWEST <= x <= 1e-3 for x in found.logprobs
+        ):
             raise BadReplyError(self.url, "json", "log-probabilities of another text")
         return found.version, np.asarray(found.logprobs, dtype=np.float32)
 
     async def update(self, update: Update) -> None:
         """Returns when the server holds ``update.version``."""
-        body = await self._slow.request(
-            "POST", WEIGHTS_PATH, encode_update(update), max_bytes=SMALL_REPLY
-        )
+        body = await self._request(self._slow, "POST", WEIGHTS_PATH, encode_update(update))
         version = self._decoded(body, EngineFacts).version
         if version != update.version:
             raise RetryableError(self.url, "version", f"took {update.version} and has {version}")
+
+    async def _request(
+        self,
+        client: HttpServer,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        max_bytes: int = SMALL_REPLY,
+    ) -> bytes:
+        try:
+            return await client.request(method, path, body, max_bytes=max_bytes)
+        except RetryableError as error:
+            said = str(error.args[-1])
+            if said.startswith(f"{path} answered {NEVER}:"):
+                raise RefusedError(self.url, "status_501", said) from error
+            raise
 
     def _decoded(self, body: bytes, kind: type[T]) -> T:
         try:
@@ -164,5 +190,5 @@ class SampleServer:
             raise BadReplyError(self.url, "json", f"a reply of another shape: {error}") from error
 
     async def close(self) -> None:
-        for client in (self._http, self._slow):
+        for client in self._clients:
             await client.close()

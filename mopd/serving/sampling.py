@@ -8,7 +8,6 @@ changes (POST) the version.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +24,7 @@ PROCESSED = "processed_logprobs"  # vLLM's name for log-probabilities at the sam
 MAX_SEQUENCES = 4096
 MAX_STOPS = 64
 MAX_DEADLINE_S = 3600.0
+LOWEST = float(np.finfo(np.float32).min)
 
 End = Literal["eos", "stop", "length"]
 
@@ -205,7 +205,7 @@ def _sampled(entry: Any, options: SampleOptions) -> Sampled:
         raise ValueError(f"{len(ids)} ids and {len(logprobs)} log-probabilities in one answer")
     if min(ids) < 0 or max(ids) >= options.vocab_size:
         raise ValueError(f"an id outside 0 to {options.vocab_size - 1}")
-    if not all(math.isfinite(x) and x <= 1e-3 for x in logprobs):
+    if not all(LOWEST <= x <= 1e-3 for x in logprobs):
         raise ValueError("a log-probability that is not finite, or above 0")
     found = [index for index, token in enumerate(ids) if token in _ends(options)]
     whole = len(ids) == options.max_tokens

@@ -89,16 +89,24 @@ class LocalEngine:
                 "rollout.backend.mode=colocate: vllm is not installed here; install it, or use "
                 "mode=server"
             ) from error
-        self._llm: Any = LLM(
-            model=str(model_dir),
-            dtype=dtype,
-            seed=seed,
-            enforce_eager=eager,
-            gpu_memory_utilization=memory_fraction,
-            logprobs_mode=PROCESSED,
-            worker_extension_cls=EXTENSION,
-            trust_remote_code=False,
-        )
+        try:
+            self._llm: Any = LLM(
+                model=str(model_dir),
+                dtype=dtype,
+                seed=seed,
+                enforce_eager=eager,
+                gpu_memory_utilization=memory_fraction,
+                logprobs_mode=PROCESSED,
+                worker_extension_cls=EXTENSION,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # of any kind: vLLM has no type of its own
+            said = " ".join(str(error).split())[:300]
+            raise SamplerError(
+                f"rollout.backend.mode=colocate: vLLM did not start on {model_dir} "
+                f"({type(error).__name__}: {said}); if it wants memory, change "
+                "rollout.backend.memory_fraction, or use mode=server"
+            ) from error
 
     @property
     def max_length(self) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Coroutine
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -42,7 +43,13 @@ from mopd.serving.vllm_app import (
     send_answer,
     send_error,
 )
-from mopd.serving.vllm_engine import logprobs_of, sampled_of, sampling_params, scoring_params
+from mopd.serving.vllm_engine import (
+    EXTENSION,
+    logprobs_of,
+    sampled_of,
+    sampling_params,
+    scoring_params,
+)
 from mopd.serving.weight_files import (
     WeightsFileError,
     check_shapes,
@@ -50,6 +57,8 @@ from mopd.serving.weight_files import (
     shapes_of,
     verify_weights,
 )
+
+T = TypeVar("T")
 
 PATHS = {
     WEIGHTS_PATH: ("GET", "POST"),
@@ -75,8 +84,13 @@ class SampleMiddleware(ScoreMiddleware):
         try:
             self._admit(scope, methods=PATHS[scope["path"]])
             sampler = await self._engine_sampler(scope["app"].state.engine_client)
-            body = await sampler.answer(scope["path"], scope["method"], await read_body(receive))
-            await send_answer(send, 200, JSON, [body])
+            asked = await read_body(receive)
+            work = sampler.answer(scope["path"], scope["method"], asked)
+            # an update that was begun is better ended
+            ends = scope["path"] in (SAMPLE_PATH, LOGPROBS_PATH)
+            body = await (_while_wanted(work, receive) if ends else work)
+            if body is not None:
+                await send_answer(send, 200, JSON, [body])
         except RequestError as error:
             await send_error(send, error)
 
@@ -88,6 +102,23 @@ class SampleMiddleware(ScoreMiddleware):
         return self._sampler
 
 
+async def _while_wanted(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
+    """``work``, which is cancelled when the client is gone; then None."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.wait((task, gone))
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 async def _facts(engine: Any) -> EngineFacts:
     config = engine.vllm_config
     parallel = config.parallel_config
@@ -97,7 +128,16 @@ async def _facts(engine: Any) -> EngineFacts:
             "--api-server-count 1",
             status=501,
         )
-    devices = await engine.collective_rpc("mopd_device", timeout=RPC_SECONDS)
+    try:
+        devices = await engine.collective_rpc("mopd_device", timeout=RPC_SECONDS)
+    except Exception as error:  # vLLM has no type of its own for it
+        if "mopd_device" not in str(error):
+            raise
+        raise RequestError(
+            f"the workers have no mopd_device: start the server with --worker-extension-cls "
+            f"{EXTENSION}",
+            status=501,
+        ) from error
     name = config.model_config.served_model_name
     return EngineFacts(
         version=None,
@@ -149,6 +189,7 @@ class EngineSampler:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.wait(tasks)  # each aborts its request to the engine
         return encode_answer(self._served.stamp(ticket), answers)
 
     async def _one(self, task: SampleTask, options: SampleOptions) -> Sampled:

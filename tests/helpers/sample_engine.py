@@ -38,10 +38,14 @@ class EngineOptions:
     forgets: bool = True  # False: prompts stay cached over an update
     processes: int = 1
     slow_s: float = 0.0  # of each token
+    extended: bool = True  # False: the workers lack the extension
+    bias: float = 0.0  # added to the logit of token 5, as of another model
 
 
 class Model(torch.nn.Module):
     """What a worker runs."""
+
+    bias = 0.0
 
     def __init__(self, model_dir: Path) -> None:
         super().__init__()
@@ -54,6 +58,7 @@ class Model(torch.nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits = hidden @ self.packed.T
+        logits[..., 5] += self.bias
         return torch.cat([logits, torch.full((*logits.shape[:-1], PADDING), 50.0)], dim=-1)
 
     @torch.no_grad()
@@ -85,6 +90,7 @@ class Engine:
     def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         self.options = options
         self.worker = Worker(model_dir)
+        self.worker.model.bias = options.bias
         self.running = 0
         self.pauses = 0
         columns = self.worker.model.packed.shape[0] + PADDING
@@ -105,6 +111,8 @@ class Engine:
         self, method: str, *, timeout: float, args: tuple[Any, ...] = ()
     ) -> list[Any]:
         assert timeout > 0
+        if not self.options.extended:
+            raise Exception(f"Call to collective_rpc method failed: no {method}")
         return [await asyncio.to_thread(getattr(self.worker, method), *args)]
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
@@ -216,22 +224,41 @@ class SampleHost(StubServer):
             "headers": [(k.lower().encode(), v.encode()) for k, v in headers],
             "app": self._state,
         }
-        status, answer = await call(self._app, scope, body)
-        await send(writer, answer, status=status)
-        return True
+        gone = asyncio.create_task(_closed(reader))
+        try:
+            status, answer = await call(self._app, scope, body, gone=gone)
+        finally:
+            gone.cancel()
+        if status:
+            await send(writer, answer, status=status)
+        return bool(status)
 
 
-async def call(app: Any, scope: dict[str, Any], body: bytes) -> tuple[int, bytes]:
-    """Status and body of an ASGI application's answer."""
+async def _closed(reader: asyncio.StreamReader) -> None:
+    """Returns when the client has closed its side."""
+    while not reader.at_eof() and reader.exception() is None:
+        await asyncio.sleep(0.005)
+
+
+async def call(
+    app: Any, scope: dict[str, Any], body: bytes, *, gone: asyncio.Task[None]
+) -> tuple[int, bytes]:
+    """Status and body of an ASGI application's answer; 0 where it gave none."""
     sent: list[dict[str, Any]] = []
+    messages = [{"type": "http.request", "body": body}]
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body}
+        if messages:
+            return messages.pop()
+        await asyncio.shield(gone)
+        return {"type": "http.disconnect"}
 
     async def keep(message: dict[str, Any]) -> None:
         sent.append(message)
 
     await app(scope, receive, keep)
+    if not sent:
+        return 0, b""
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 

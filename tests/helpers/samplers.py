@@ -76,12 +76,13 @@ def make_sampler(
     known = {"seed": 1, "temperature": 1.0, "num_generations": 2}
     sampling = SamplingOptions(**{**known, "max_new_tokens": MAX_NEW_TOKENS, **options})
     patience = {"max_outstanding": 4, "max_retries": 3, "restart_budget_s": 20.0}
+    patience |= {"patience_s": 1.0, "pause_s": 0.01, "tolerance": 0.01}
     travel = {"session": secrets.token_hex(8), "pushes": True, "directory": site.root}
     return VllmSampler(
         site.urls,
         jobs=Jobs(site.model.tokenizer, sampling),
         server=server_options(**(server or {})),
-        fleet=FleetOptions(**{**patience, "patience_s": 1.0, "pause_s": 0.01, **(fleet or {})}),
+        fleet=FleetOptions(**{**patience, **(fleet or {})}),
         sync=SyncOptions(**{"mode": mode, "device": HOST, **travel, **(sync or {})}),
         batch_size=batch_size,
     )

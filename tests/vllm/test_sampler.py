@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import secrets
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mopd.demo import World
+from mopd.serving.sample_server import SampleServer
+from mopd.serving.sampling import SampleOptions, SampleRequest, SampleTask, Update
+from mopd.serving.weight_files import write_weights
 from tests.helpers.plain_model import PlainModel
 from tests.helpers.runs import launch, step_lines, words
 from tests.helpers.sampler_contract import *  # noqa: F403 - its tests run here
@@ -55,3 +62,34 @@ def test_a_run_samples_on_the_server_and_replays_in_process_with_the_same_losses
     for one, other in zip(served, replayed, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-3)
         assert one["sync/probe"] < 1e-3 and other["sync/probe"] < 1e-3
+
+
+def test_a_request_whose_client_is_gone_is_aborted_in_the_engine(
+    server: VllmServer, site: Site
+) -> None:
+    version, size = f"{secrets.token_hex(8)}/0", site.model.tokenizer.vocabulary.size
+    path = write_weights(site.root, version, site.model.weights(0))
+    update = Update(version=version, vocab_size=size, deadline_s=30.0, path=str(path))
+    tasks = tuple(SampleTask(ids=[5, 6, 7], seed=n) for n in range(32))
+
+    async def leave(client: SampleServer) -> None:
+        await client.update(update)
+        length = (await client.facts()).max_length
+        options = SampleOptions(
+            max_tokens=length - 3, temperature=1.0, vocab_size=size, eos_id=size - 1
+        )
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await client.sample(SampleRequest(version=version, options=options, tasks=tasks))
+
+    before = _finished(server.url)
+    site.ask(leave)
+    site.ask(lambda client: client.update(update))  # waits for what is running
+    assert _finished(server.url) < before + len(tasks)
+
+
+def _finished(url: str) -> float:
+    """Requests that the engine brought to their end."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10.0) as reply:
+        text = reply.read().decode()
+    return sum(map(float, re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", text, re.M)))

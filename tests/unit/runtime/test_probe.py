@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from mopd.demo import World
 from mopd.errors import SamplerError
-from mopd.runtime.probe import MAX_TOKENS, compare, probe_ids
+from mopd.runtime.probe import MAX_TOKENS, compare, names_of, probe_ids
 from mopd.tokens.chat import ChatTokenizer
 
 OWN = np.linspace(-5.0, -1.0, 20, dtype=np.float32)
@@ -35,6 +37,14 @@ def test_an_engine_with_other_weights_is_named_with_both_numbers() -> None:
     ):
         compare(OWN, engines, tolerance=0.01)
     assert compare(OWN, engines, tolerance=0.6) == pytest.approx(0.5)
+    names = ("http://127.0.0.1:8000", "http://127.0.0.1:8001")
+    with pytest.raises(SamplerError, match=r"update http://127\.0\.0\.1:8001 gives a fixed text"):
+        compare(OWN, engines, tolerance=0.01, names=names)
+
+
+def test_engines_without_names_have_numbers() -> None:
+    assert names_of(object()) == ()
+    assert names_of(SimpleNamespace(probed=("a",))) == ("a",)
 
 
 def test_what_is_no_number_is_no_agreement() -> None:

@@ -127,6 +127,8 @@ def test_answers_of_another_version_are_not_even_read() -> None:
         {"logprobs": [-1.0, float("nan")]},
         {"logprobs": [-1.0, float("-inf")]},
         {"logprobs": [-1.0, 0.5]},
+        {"logprobs": [-1.0, -(10**400)]},
+        {"logprobs": [-1.0, -1e300]},  # infinite in float32
         {"ids": [2, 5]},  # goes on behind its end
         {"ids": [5, 6]},  # ends nowhere
         {"end": "stop"},
