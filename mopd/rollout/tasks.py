@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mopd.errors import SamplerError
 from mopd.rollout.base import make_rollout
 from mopd.serving.generation import Generated
@@ -54,19 +56,16 @@ class Jobs:
         """``num_generations`` answers of every prompt, in order."""
         seed, samples = self._options.seed, range(self._options.num_generations)
         return [
-            Job(prompt, n, self._task(prompt, key=f"{seed}|{prompt.id}|{n}|{step}"))
+            Job(prompt, n, _task(ids, key=f"{seed}|{prompt.id}|{n}|{step}"))
             for prompt in prompts
+            for ids in [self._tokenizer.prompt_ids(prompt.messages).tolist()]
             for n in samples
         ]
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Job]:
         """One answer of every prompt."""
-        return [Job(prompt, 0, self._task(prompt, key="")) for prompt in prompts]
-
-    def _task(self, prompt: Prompt, *, key: str) -> SampleTask:
-        digest = hashlib.sha256(key.encode()).digest()
-        ids = self._tokenizer.prompt_ids(prompt.messages).tolist()
-        return SampleTask(ids=ids, seed=int.from_bytes(digest[:8], "little") >> 1)
+        read = self._tokenizer.prompt_ids
+        return [Job(prompt, 0, _task(read(prompt.messages).tolist(), key="")) for prompt in prompts]
 
     def options(self, *, greedy: bool) -> SampleOptions:
         """For the engine."""
@@ -102,12 +101,17 @@ class Jobs:
                 job.prompt,
                 _generated(answer),
                 tokenizer=self._tokenizer,
-                prompt_ids=self._tokenizer.prompt_ids(job.prompt.messages),
+                prompt_ids=np.asarray(job.task.ids, dtype=np.int32),
                 sample_index=job.number,
                 version=version,
             )
             for job, answer in zip(jobs, answers, strict=True)
         ]
+
+
+def _task(ids: list[int], *, key: str) -> SampleTask:
+    digest = hashlib.sha256(key.encode()).digest()
+    return SampleTask(ids=ids, seed=int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _generated(answer: Sampled) -> Generated:

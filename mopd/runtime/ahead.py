@@ -61,7 +61,7 @@ class Ahead:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends the thread after the request that it may be in."""
+        """Ends the thread after the step that it samples or scores, if that takes no 5 s."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mopd.errors import ArtifactError, ConfigError
+from mopd.errors import ArtifactError
 from mopd.metrics.metric import Metric
 from mopd.metrics.span import Spans
 from mopd.rollout.base import Sampler
@@ -215,13 +215,9 @@ class Gatherer:
         return texts
 
     def _author(self, prompt: Prompt) -> str:
-        for name in prompt.teachers:
-            if isinstance(self._pool.teachers[name], Writer):
-                return name
-        raise ConfigError(
-            f"rollout.off_policy=teacher: no teacher of prompt {prompt.id} can write an answer; "
-            "give one backend.type hf or vllm, or take off_policy=dataset"
-        )
+        # build_feed refuses prompts without one
+        teachers = self._pool.teachers
+        return next(name for name in prompt.teachers if isinstance(teachers[name], Writer))
 
     def _drop(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Counter[str]]:
         """Answers that the recipe does not train on lose their loss mask and are counted."""

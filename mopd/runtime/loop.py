@@ -65,7 +65,8 @@ def train(run: Run, sink: Sink) -> Summary:
     started = time.perf_counter()
     state = _resume(run, sink)
     config, seconds_before = run.config, state.seconds
-    _push(run, state.step)
+    text = probe_ids(run.tokenizer)
+    _push(run, state.step, text)
     if not state.before and run.heldout:
         sink.note("measuring the student and its teachers on the held-out prompts")
         state.before = _evaluate(run)
@@ -82,7 +83,7 @@ def train(run: Run, sink: Sink) -> Summary:
             run.feed.settle(step, skipped=result.skipped)
         _rebalance(run, state, batch, result)
         with run.spans("sync"):
-            distance = _push(run, step + 1)
+            distance = _push(run, step + 1, text)
         state.step = step + 1
         log_step(run, sink, batch, result, seconds=time.perf_counter() - began, probe=distance)
         _stop_if_stuck(state, batch, result)
@@ -93,19 +94,18 @@ def train(run: Run, sink: Sink) -> Summary:
     return _finish(run, state, seconds=seconds_before + time.perf_counter() - started)
 
 
-def _push(run: Run, version: int) -> float | None:
-    """How far the engines are from the student on a fixed text, where there are engines."""
+def _push(run: Run, version: int, text: np.ndarray) -> float | None:
+    """How far the engines are from the student on ``text`` [L], where there are engines."""
     if run.feed is not None:
         run.feed.ahead.before_push(version)
     sync.push(iter_hf_weights(run.student.model), run.sampler, version=version)
-    distance = _probe(run)
+    distance = _probe(run, text)
     if run.feed is not None:
         run.feed.ahead.after_push(version)
     return distance
 
 
-def _probe(run: Run) -> float | None:
-    ids = probe_ids(run.tokenizer)
+def _probe(run: Run, ids: np.ndarray) -> float | None:
     own = run.student.logprobs(ids, vocab_size=run.tokenizer.vocabulary.size)
     if run.sampler is None:
         return None

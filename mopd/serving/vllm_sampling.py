@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +41,7 @@ from mopd.serving.vllm_app import (
     read_body,
     send_answer,
     send_error,
+    while_connected,
 )
 from mopd.serving.vllm_engine import (
     EXTENSION,
@@ -88,9 +88,8 @@ class SampleMiddleware(ScoreMiddleware):
             work = sampler.answer(scope["path"], scope["method"], asked)
             # an update that was begun is better ended
             ends = scope["path"] in (SAMPLE_PATH, LOGPROBS_PATH)
-            body = await (_while_wanted(work, receive) if ends else work)
-            if body is not None:
-                await send_answer(send, 200, JSON, [body])
+            body = await (while_connected(receive, work) if ends else work)
+            await send_answer(send, 200, JSON, [body])
         except RequestError as error:
             await send_error(send, error)
 
@@ -100,23 +99,6 @@ class SampleMiddleware(ScoreMiddleware):
             # another request may have been faster, and its versions must not be lost
             self._sampler = self._sampler or EngineSampler(engine, facts)
         return self._sampler
-
-
-async def _while_wanted(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
-    """``work``, which is cancelled when the client is gone; then None."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.wait((task, gone))
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _facts(engine: Any) -> EngineFacts:
