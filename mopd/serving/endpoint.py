@@ -26,7 +26,6 @@ from mopd.serving.protocols import SMALL_REPLY, Query, ServerProtocol
 from mopd.serving.reply import ArrayRows, Entries
 from mopd.serving.scoring import ScoredSequence
 
-HEALTH_PAUSE_S = 0.5
 PROBE = ScoredSequence(ids=np.array([0, 1]), start=1)
 
 
@@ -91,16 +90,7 @@ class Endpoint:
             RetryableError: not healthy in time. RefusedError: no such model, no access.
         """
         await self._http.resolve()
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self._options.start_s
-        while True:
-            try:
-                await self.find_model()
-                return
-            except RetryableError:
-                if loop.time() >= end:
-                    raise
-                await asyncio.sleep(HEALTH_PAUSE_S)
+        await self._http.until_healthy(self.find_model, start_s=self._options.start_s)
 
     async def find_model(self) -> None:
         """Asks what is served, and which of the protocols it is served by.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -14,6 +16,9 @@ from mopd.config.keys import printable
 from mopd.config.urls import check_address, checked_url
 from mopd.errors import ConfigError, MopdError
 
+T = TypeVar("T")
+
+HEALTH_PAUSE_S = 0.5  # between two looks at a server that starts
 SHOWN = 200  # characters of a server's own words in our message
 IDLE_S = 600.0  # an unused connection is kept so long, if the server keeps it
 MAX_AFTER_S = 30  # of a server's own wish; a longer one is not waited for
@@ -33,10 +38,12 @@ class ServerError(MopdError, RuntimeError):
 class RetryableError(ServerError):
     """No connection, a reset, a deadline, 429 or 5xx: another try or replica may do better.
 
-    ``after_s``: how long the server wants to be left alone, where it says so.
+    ``after_s``: how long the server wants to be left alone, where it says so; ``status``: HTTP's,
+    where there was an answer.
     """
 
     after_s: float = 0.0
+    status: int | None = None
 
 
 class RefusedError(ServerError):
@@ -65,7 +72,8 @@ def api_key(variable: str | None) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpOptions:
-    """``deadline_s`` is for a whole request, from the connection to the last byte."""
+    """``deadline_s`` is for a whole request, from the connection to the last byte, where the
+    request has none of its own."""
 
     deadline_s: float
     connect_s: float
@@ -95,7 +103,7 @@ class HttpServer:
                 headers["Authorization"] = f"Bearer {options.key}"
             self._client = httpx.AsyncClient(
                 headers=headers,
-                timeout=httpx.Timeout(options.deadline_s, connect=options.connect_s),
+                timeout=httpx.Timeout(None, connect=options.connect_s),  # `request` has a clock
                 limits=httpx.Limits(
                     max_connections=options.max_connections, keepalive_expiry=IDLE_S
                 ),
@@ -122,22 +130,45 @@ class HttpServer:
             except ValueError as error:
                 raise RefusedError(self.url, "address", f"the host {error}") from error
 
+    async def until_healthy(self, ask: Callable[[], Awaitable[T]], *, start_s: float) -> T:
+        """What ``ask`` brings, tried again for ``start_s``.
+
+        Raises:
+            RetryableError, RefusedError, BadReplyError: of the last try.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + start_s
+        while True:
+            try:
+                return await ask()
+            except RetryableError:
+                if loop.time() >= end:
+                    raise
+                await asyncio.sleep(HEALTH_PAUSE_S)
+
     async def request(
-        self, method: str, path: str, body: bytes | None = None, *, max_bytes: int
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        max_bytes: int,
+        deadline_s: float | None = None,
     ) -> bytes:
         """The body of a 200 reply.
 
         Raises:
             RetryableError, RefusedError, BadReplyError: at the latest at the deadline.
         """
+        limit_s = self._options.deadline_s if deadline_s is None else deadline_s
         try:
-            async with asyncio.timeout(self._options.deadline_s):
+            async with asyncio.timeout(limit_s):
                 return await self._exchange(method, path, body, max_bytes)
         except (TimeoutError, httpx.TimeoutException) as error:
             raise RetryableError(
                 self.url,
                 "timeout",
-                f"no whole reply to {path} within {self._options.deadline_s:g} s; raise "
+                f"no whole reply to {path} within {limit_s:g} s; raise "
                 "backend.deadline_s, or look at the server",
             ) from error
         except httpx.TransportError as error:
@@ -172,6 +203,7 @@ class HttpServer:
             self._check_status(response.status_code, path, bytes(received))
         except RetryableError as error:
             error.after_s = _seconds(response.headers.get("retry-after", ""))
+            error.status = response.status_code
             raise
         return bytes(received)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ T = TypeVar("T")
 
 SMALL_REPLY = 1 << 20
 TOKEN_BYTES = 64  # of one token of an answer, at most: an id and a float in JSON
-HEALTH_PAUSE_S = 0.5
 FACTS_S = 10.0  # what a server knows without its engine
 NEVER = 501  # what another try cannot mend
 START_WORDS = (
@@ -70,46 +68,34 @@ class SampleServer:
 
     def __init__(self, url: str, options: SampleServerOptions) -> None:
         self._options = options
-        self._http = self._client(url, options.deadline_s)
-        self._quick = self._client(url, min(options.deadline_s, FACTS_S))
-        # an update ends at its own deadline, and says so; this is for a server that hangs
-        self._slow = self._client(url, options.update_s + options.deadline_s)
-        self._clients = (self._http, self._quick, self._slow)
-        self.url = self._http.url
-
-    def _client(self, url: str, deadline_s: float) -> HttpServer:
-        options = self._options
-        return HttpServer(
+        self._http = HttpServer(
             url,
             HttpOptions(
-                deadline_s=deadline_s,
+                deadline_s=options.deadline_s,
                 connect_s=min(options.connect_s, options.deadline_s),
                 max_connections=options.max_outstanding + 2,
                 key=api_key(options.api_key_env),
             ),
         )
+        self.url = self._http.url
 
     async def start(self) -> EngineFacts:
         """What the server is, as soon as it is healthy, within ``start_s``."""
         await self._http.resolve()
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self._options.start_s
-        while True:
-            try:
-                await self._http.request("GET", "/health", max_bytes=SMALL_REPLY)
-                return await self._facts(self._http)  # the first one looks at the engine
-            except RetryableError:
-                if loop.time() >= end:
-                    raise
-                await asyncio.sleep(HEALTH_PAUSE_S)
+
+        async def ask() -> EngineFacts:
+            await self._http.request("GET", "/health", max_bytes=SMALL_REPLY)
+            return await self._facts()  # the first one looks at the engine
+
+        return await self._http.until_healthy(ask, start_s=self._options.start_s)
 
     async def facts(self) -> EngineFacts:
         """What the server is, and the version that it holds now, within `FACTS_S`."""
-        return await self._facts(self._quick)
+        return await self._facts(deadline_s=min(self._options.deadline_s, FACTS_S))
 
-    async def _facts(self, client: HttpServer) -> EngineFacts:
+    async def _facts(self, *, deadline_s: float | None = None) -> EngineFacts:
         try:
-            body = await self._request(client, "GET", WEIGHTS_PATH)
+            body = await self._request("GET", WEIGHTS_PATH, deadline_s=deadline_s)
         except RefusedError as error:
             if error.reason != "status_4xx":
                 raise
@@ -132,7 +118,6 @@ class SampleServer:
         """As `decode_answer`."""
         tokens = len(request.tasks) * request.options.max_tokens
         body = await self._request(
-            self._http,
             "POST",
             SAMPLE_PATH,
             encode_request(request),
@@ -146,7 +131,6 @@ class SampleServer:
     async def logprobs(self, ids: Sequence[int]) -> tuple[str | None, np.ndarray]:
         """The version and [L - 1] float32: of the tokens of ``ids`` [L] but the first."""
         body = await self._request(
-            self._http,
             "POST",
             LOGPROBS_PATH,
             json.dumps({"ids": list(map(int, ids))}).encode(),
@@ -161,26 +145,31 @@ class SampleServer:
 
     async def update(self, update: Update) -> None:
         """Returns when the server holds ``update.version``."""
-        body = await self._request(self._slow, "POST", WEIGHTS_PATH, encode_update(update))
+        # an update ends at its own deadline, and says so; this is for a server that hangs
+        deadline_s = self._options.update_s + self._options.deadline_s
+        body = await self._request(
+            "POST", WEIGHTS_PATH, encode_update(update), deadline_s=deadline_s
+        )
         version = self._decoded(body, EngineFacts).version
         if version != update.version:
             raise RetryableError(self.url, "version", f"took {update.version} and has {version}")
 
     async def _request(
         self,
-        client: HttpServer,
         method: str,
         path: str,
         body: bytes | None = None,
         *,
         max_bytes: int = SMALL_REPLY,
+        deadline_s: float | None = None,
     ) -> bytes:
         try:
-            return await client.request(method, path, body, max_bytes=max_bytes)
+            return await self._http.request(
+                method, path, body, max_bytes=max_bytes, deadline_s=deadline_s
+            )
         except RetryableError as error:
-            said = str(error.args[-1])
-            if said.startswith(f"{path} answered {NEVER}:"):
-                raise RefusedError(self.url, "status_501", said) from error
+            if error.status == NEVER:
+                raise RefusedError(self.url, "status_501", str(error.args[-1])) from error
             raise
 
     def _decoded(self, body: bytes, kind: type[T]) -> T:
@@ -190,5 +179,4 @@ class SampleServer:
             raise BadReplyError(self.url, "json", f"a reply of another shape: {error}") from error
 
     async def close(self) -> None:
-        for client in self._clients:
-            await client.close()
+        await self._http.close()
