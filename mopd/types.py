@@ -144,12 +144,17 @@ def no_native_rows() -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Right-padded student tensors plus every teacher's rows. ``tokens[b, :length[b]]`` is real."""
+    """Student tensors plus every teacher's rows, padded or packed.
+
+    Padded: a row for each text, ``tokens[b, : lengths[b]]`` is real. Packed: B = 1, the texts lie
+    behind each other and ``tokens[0, offsets[i] : offsets[i] + lengths[i]]`` is the i-th.
+    """
 
     tokens: np.ndarray  # [B, L] int64
-    lengths: np.ndarray  # [B] int64
+    lengths: np.ndarray  # [texts] int64
     response_mask: np.ndarray  # [B, L] bool: row i predicts a trainable response token
     rows: Mapping[str, TeacherRows] = field(default_factory=dict)
+    offsets: np.ndarray | None = None  # [texts + 1] int64, ends with L; None where padded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,8 +48,11 @@ class ParallelSection(Section):
     """Megatron's parallel axes; the data-parallel size is what is left of the world size."""
 
     tensor_model_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False  # norms and residuals split along the sequence; needs tp > 1
     pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None  # stages of each rank
     context_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: PositiveInt = 1  # of a mixture of experts, over replicas
 
 
 class OptimizerSection(Section):
@@ -64,6 +67,25 @@ class OptimizerSection(Section):
     clip_grad: NonNegativeFloat = 1.0
     lr_warmup_fraction: Probability = 0.05  # the first part of the run, in which lr rises
     lr_decay_fraction: Probability = 0.4  # the last part, in which lr falls to min_lr
+    use_distributed_optimizer: bool = False  # its state split over the replicas
+
+
+class LoraSection(Section):
+    """Low-rank adapters (2106.09685): the model stays as it is, ``rank`` columns a layer learn."""
+
+    rank: PositiveInt | None = None  # None trains the model itself
+    alpha: Annotated[float, Field(gt=0.0)] = 16.0  # the adapter counts alpha / rank
+    target_modules: tuple[str, ...] = (  # names of Hugging Face linear layers, as in PEFT
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    )
+
+
+class RecomputeSection(Section):
+    """Activations that backward computes again instead of keeping them. Names are Megatron's."""
+
+    granularity: Literal["full", "selective"] | None = None  # selective: the attention's core
+    method: Literal["uniform", "block"] = "uniform"  # of full
+    num_layers: PositiveInt = 1  # of full: of one block of `uniform`, or of a stage for `block`
 
 
 class StudentSection(Section):
@@ -74,6 +96,10 @@ class StudentSection(Section):
     eos_token: str | None = None  # what ends its turn; None: the tokenizer's own
     dtype: Literal["float32", "bfloat16"] = "float32"
     fused_head: bool = True  # output layer and loss in one, without the logits as a whole
+    freeze: tuple[str, ...] = ()  # regular expressions: Hugging Face names that do not learn
+    moe_aux_loss_coeff: NonNegativeFloat | None = None  # None: the model's router_aux_loss_coef
+    lora: LoraSection = LoraSection()
+    recompute: RecomputeSection = RecomputeSection()
     parallel: ParallelSection = ParallelSection()
     optimizer: OptimizerSection = OptimizerSection()
 
@@ -252,8 +278,11 @@ class DataSection(Section):
 
 
 class EvaluateSection(Section):
-    """Greedy accuracy on the held-out rows, before and after."""
+    """Greedy accuracy on the held-out rows, before and after, and every ``interval`` steps."""
 
+    interval: PositiveInt | None = None  # steps between two evaluations; None: only the two
+    metric: Literal["accuracy", "kl"] = "accuracy"  # what `keep_best` and `patience` go by
+    patience: PositiveInt | None = None  # evaluations without a better one that end the run
     max_prompts_per_domain: PositiveInt = 512
     teachers: bool = True  # also measure each teacher on its domains, for the headroom
     fail_if_not_learned: bool = True
@@ -264,7 +293,9 @@ class TrainSection(Section):
 
     steps: PositiveInt = 300
     num_prompts_per_step: PositiveInt = 64
-    micro_batch_size: PositiveInt = 64
+    micro_batch_size: PositiveInt = 64  # answers, where `max_tokens_per_micro_batch` is null
+    packing: bool = False  # answers behind each other, without padding
+    max_tokens_per_micro_batch: PositiveInt | None = None  # as many answers as fit
     balance_domains: bool = True  # equal numbers of prompts per domain in every step
 
 
@@ -273,6 +304,9 @@ class CheckpointSection(Section):
 
     save_interval: PositiveInt = 50
     keep_last: PositiveInt = 2
+    keep_best: NonNegativeInt = 0  # and these many with the best `evaluate.metric`
+    async_save: bool = False  # written in the background, from a copy in host memory
+    verify: bool = True  # every file's SHA-256, before anything is loaded
 
 
 class JournalSection(Section):

@@ -45,7 +45,6 @@ from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Projection, Prompt
 
 SMALL_HIDDEN_SIZE = 256
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +109,7 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
         config.student.parallel, backend=backend, seed=config.run.seed, timeout=_patience(config)
     )
     found = _pairs(config, tokenizers, topology)
-    model = build_student(
-        config.student.model, topology=topology, dtype=DTYPES[config.student.dtype]
-    )
+    model = build_student(config.student, topology=topology)
     student = _student(config, model, tokenizers, found)
     config = servers.reach()
     sampler = pool = feed = None

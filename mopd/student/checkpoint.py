@@ -129,7 +129,7 @@ def _shard_tensors(student: Student) -> dict[str, torch.Tensor]:
     `companion.<owner>.<name>` of what is trained beside them."""
     tensors = {}
     states = student.optimizer.optimizer.state
-    for name, parameter in student.model.gpt.named_parameters():
+    for name, parameter in student.model.named_parameters():
         main = getattr(parameter, "main_param", parameter)
         tensors["model." + name] = parameter.detach().contiguous()
         if main is not parameter:
@@ -149,7 +149,7 @@ def _companions(student: Student) -> Mapping[str, Companion]:
 def _load_shard(tensors: dict[str, torch.Tensor], student: Student) -> None:
     states = student.optimizer.optimizer.state
     with torch.no_grad():
-        for name, parameter in student.model.gpt.named_parameters():
+        for name, parameter in student.model.named_parameters():
             main = getattr(parameter, "main_param", parameter)
             parameter.copy_(tensors["model." + name])
             if main is not parameter:

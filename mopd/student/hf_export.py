@@ -36,7 +36,7 @@ def save_hf(model: ModelView, out_dir: str | Path, *, source_dir: str | Path) ->
     """
     out_dir, is_lead = Path(out_dir), model.topology.is_lead
     part = out_dir.with_name(out_dir.name + ".part")
-    dtype = next(model.gpt.parameters()).dtype
+    dtype = model.dtype
     if is_lead:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

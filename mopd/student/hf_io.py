@@ -28,10 +28,10 @@ Kind = Literal["rows", "columns", "vocab", "whole", "qkv", "gate_up"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """One Megatron parameter of one pipeline stage."""
+    """One Megatron parameter of one pipeline rank."""
 
-    stage: int
-    parameter: str  # its name in the stage's GPTModel
+    stage: int  # the pipeline rank
+    parameter: str  # `parameter_name`
     tensors: tuple[str, ...]  # Hugging Face names
     sizes: tuple[tuple[int, ...], ...]  # their shapes
     kind: Kind
@@ -48,25 +48,34 @@ class ModelView(Protocol):
     def topology(self) -> Topology: ...
 
     @property
-    def gpt(self) -> torch.nn.Module: ...
+    def dtype(self) -> torch.dtype: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
 
 
-def build_slots(shape: ModelShape, *, pp_size: int) -> tuple[Slot, ...]:
+def parameter_name(chunk: int, name: str) -> str:
+    """Of a parameter in stage ``chunk`` of its pipeline rank: stages of one rank share names."""
+    return f"{chunk}.{name}"
+
+
+def build_slots(shape: ModelShape, *, pp_size: int, vp_size: int = 1) -> tuple[Slot, ...]:
     """All parameters of all stages, in the order in which weights are exported."""
-    hidden, last = shape.hidden_size, pp_size - 1
+    hidden = shape.hidden_size
+    first, last = (0, 0), (pp_size - 1, vp_size - 1)
     vocab = (shape.vocab_size, hidden)
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    slots = [_slot(0, "embedding.word_embeddings.weight", "vocab", {embedding: vocab})]
-    per_stage = shape.num_layers // pp_size
+    slots = [_slot(first, "embedding.word_embeddings.weight", "vocab", {embedding: vocab})]
+    per_stage = shape.num_layers // (pp_size * vp_size)
     for layer in range(shape.num_layers):
         stage, local = divmod(layer, per_stage)
-        slots += _layer_slots(shape, stage=stage, layer=layer, local=local)
+        chunk, rank = divmod(stage, pp_size)
+        slots += _layer_slots(shape, place=(rank, chunk), layer=layer, local=local)
     slots.append(
         _slot(last, "decoder.final_layernorm.weight", "whole", {"model.norm.weight": (hidden,)})
     )
     if not shape.tied:
         slots.append(_slot(last, "output_layer.weight", "vocab", {head: vocab}))
-    elif pp_size > 1:
+    elif last != first:
         slots.append(
             _slot(last, "output_layer.weight", "vocab", {embedding: vocab}, exported=False)
         )
@@ -74,7 +83,7 @@ def build_slots(shape: ModelShape, *, pp_size: int) -> tuple[Slot, ...]:
 
 
 def _slot(
-    stage: int,
+    place: tuple[int, int],
     parameter: str,
     kind: Kind,
     tensors: dict[str, tuple[int, ...]],
@@ -82,8 +91,8 @@ def _slot(
     exported: bool = True,
 ) -> Slot:
     return Slot(
-        stage=stage,
-        parameter=parameter,
+        stage=place[0],
+        parameter=parameter_name(place[1], parameter),
         tensors=tuple(tensors),
         sizes=tuple(tensors.values()),
         kind=kind,
@@ -91,7 +100,9 @@ def _slot(
     )
 
 
-def _layer_slots(shape: ModelShape, *, stage: int, layer: int, local: int) -> list[Slot]:
+def _layer_slots(
+    shape: ModelShape, *, place: tuple[int, int], layer: int, local: int
+) -> list[Slot]:
     theirs, ours = f"model.layers.{layer}.", f"decoder.layers.{local}."
     hidden, ffn, head = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
     heads, groups = shape.num_attention_heads * head, shape.num_query_groups * head
@@ -99,7 +110,7 @@ def _layer_slots(shape: ModelShape, *, stage: int, layer: int, local: int) -> li
     attention, mlp = ours + "self_attention.", ours + "mlp."
 
     def make(parameter: str, kind: Kind, tensors: dict[str, tuple[int, ...]]) -> Slot:
-        return _slot(stage, parameter, kind, {theirs + n: size for n, size in tensors.items()})
+        return _slot(place, parameter, kind, {theirs + n: size for n, size in tensors.items()})
 
     weights = {f"self_attn.{n}_proj.weight": (size, hidden) for n, size in rows.items()}
     biases = {f"self_attn.{n}_proj.bias": (size,) for n, size in rows.items()}
@@ -177,12 +188,20 @@ class HfReader:
 
 
 def load_hf(
-    gpt: torch.nn.Module, model_dir: str | Path, *, shape: ModelShape, topology: Topology
+    chunks: Sequence[torch.nn.Module],
+    model_dir: str | Path,
+    *,
+    shape: ModelShape,
+    topology: Topology,
 ) -> None:
     """Fill this rank's parameters, reading only the rows and columns of its shards."""
     reader = HfReader(model_dir)
-    parameters = dict(gpt.named_parameters())
-    for slot in build_slots(shape, pp_size=topology.pp_size):
+    parameters = {
+        parameter_name(index, name): parameter
+        for index, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+    for slot in build_slots(shape, pp_size=topology.pp_size, vp_size=topology.vp_size):
         if slot.stage != topology.pp_rank:
             continue
         parameter = parameters.pop(slot.parameter)
@@ -225,8 +244,8 @@ def iter_hf_weights(model: ModelView) -> Iterator[tuple[str, torch.Tensor | None
     Collective over the replica: every rank runs it to the end. One parameter is whole at a time.
     """
     topology, shape = model.topology, model.shape
-    parameters = dict(model.gpt.named_parameters())
-    for slot in build_slots(shape, pp_size=topology.pp_size):
+    parameters = dict(model.named_parameters())
+    for slot in build_slots(shape, pp_size=topology.pp_size, vp_size=topology.vp_size):
         if not slot.exported:
             continue
         shards = None
@@ -281,9 +300,8 @@ def _to_lead(
     topology = model.topology
     if stage == 0:
         return tensor if topology.is_lead else None
-    parameter = next(model.gpt.parameters())
     if topology.is_lead:
-        received = torch.empty(size, dtype=parameter.dtype, device=parameter.device)
+        received = torch.empty(size, dtype=model.dtype, device=topology.device)
         # The sender is the only rank of that stage with a tensor: its tensor-parallel rank 0.
         dist.recv(received, src=topology.stage_ranks[stage], group=topology.replica_group)
         return received
@@ -294,7 +312,8 @@ def _to_lead(
 
 def describe(model: ModelView) -> dict[str, Any]:
     """Names and shapes of the exported tensors, in export order."""
-    slots = build_slots(model.shape, pp_size=model.topology.pp_size)
+    topology = model.topology
+    slots = build_slots(model.shape, pp_size=topology.pp_size, vp_size=topology.vp_size)
     return {
         name: size
         for slot in slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,84 +22,118 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from mopd.config.model_shape import Llama3Rope, ModelShape, read_model_config
+from mopd.config.schema import StudentSection
 from mopd.student import output
-from mopd.student.hf_io import load_hf
+from mopd.student.hf_io import load_hf, parameter_name
 from mopd.student.parallel import Topology
 from mopd.student.spec import decoder_spec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentModel:
-    """One rank's stage. Logits of the last stage are [B, L, padded_vocab_size / tp_size].
+    """One rank's stages. Logits of the last one are [B, L, padded_vocab_size / tp_size].
 
-    Within `mopd.student.output.hidden_output` it gives hidden states [B, L, H] in their place.
+    Stage v of ``chunks`` is stage v * pp_size + pp_rank of the whole model. Within
+    `mopd.student.output.hidden_output` the last gives hidden states [B, L, H] in place of logits.
     Columns from `vocab_size` on belong to no token: their weights are zero and losses mask them.
     """
 
     shape: ModelShape
     topology: Topology
     config: TransformerConfig
-    gpt: GPTModel
-    ddp: DistributedDataParallel
+    chunks: tuple[GPTModel, ...]
+    ddp: tuple[DistributedDataParallel, ...]
     vocab_size: int
     padded_vocab_size: int
     dtype: torch.dtype
     source_dir: Path
 
+    @property
+    def head(self) -> GPTModel:
+        """The stage with the output layer; on ranks of earlier stages one without."""
+        return self.chunks[-1]
 
-def build_student(
-    model_dir: str | Path,
-    *,
-    topology: Topology,
-    dtype: torch.dtype,
-    sequence_parallel: bool = False,
-) -> StudentModel:
-    """Build this rank's stage and read its weights from a Hugging Face directory.
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Of all stages, under `parameter_name`."""
+        for index, chunk in enumerate(self.chunks):
+            for name, parameter in chunk.named_parameters():
+                yield parameter_name(index, name), parameter
+
+
+def build_student(section: StudentSection, *, topology: Topology) -> StudentModel:
+    """Build this rank's stages and read their weights from a Hugging Face directory.
 
     Collective over all ranks. Raises ConfigError for a model that is not supported.
     """
+    model_dir = str(section.model)
     shape = read_model_config(model_dir)
     padded_vocab_size = math.ceil(shape.vocab_size / topology.tp_size) * topology.tp_size
-    config = _transformer_config(shape, topology, dtype, sequence_parallel)
-    gpt = GPTModel(
-        config,
-        decoder_spec(config, pp_rank=topology.pp_rank),  # pyright: ignore[reportArgumentType]
-        vocab_size=padded_vocab_size,
-        max_sequence_length=shape.max_position_embeddings,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="rope",
+    config = transformer_config(shape, section, topology)
+    chunks = tuple(
+        build_chunk(config, shape, topology, index=index, padded_vocab_size=padded_vocab_size)
+        for index in range(topology.vp_size)
     )
-    output.install(gpt)
-    _set_rotary_frequencies(gpt, shape, topology.device)
-    _mark_shards(gpt)
-    load_hf(gpt, model_dir, shape=shape, topology=topology)
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False),
-        gpt,
+    load_hf(chunks, model_dir, shape=shape, topology=topology)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=section.optimizer.use_distributed_optimizer,
     )
+    ddp = tuple(DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks)
     config.finalize_model_grads_func = finalize_model_grads
     return StudentModel(
         shape=shape,
         topology=topology,
         config=config,
-        gpt=gpt,
+        chunks=chunks,
         ddp=ddp,
         vocab_size=shape.vocab_size,
         padded_vocab_size=padded_vocab_size,
-        dtype=dtype,
+        dtype=config.params_dtype,
         source_dir=Path(model_dir),
     )
 
 
-def _transformer_config(
-    shape: ModelShape, topology: Topology, dtype: torch.dtype, sequence_parallel: bool
+def build_chunk(
+    config: TransformerConfig,
+    shape: ModelShape,
+    topology: Topology,
+    *,
+    index: int,
+    padded_vocab_size: int,
+) -> GPTModel:
+    """Stage ``index`` of this pipeline rank, with whatever weights its memory holds."""
+    first = topology.is_first_stage and index == 0
+    last = topology.is_last_stage and index == topology.vp_size - 1
+    stage = index if topology.vp_size > 1 else None
+    gpt = GPTModel(
+        config,
+        decoder_spec(config, pp_rank=topology.pp_rank, vp_stage=stage),  # pyright: ignore[reportArgumentType]
+        vocab_size=padded_vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=first,
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        vp_stage=stage,
+    )
+    output.install(gpt)
+    _set_rotary_frequencies(gpt, shape, topology.device)
+    _mark_shards(gpt)
+    return gpt
+
+
+def transformer_config(
+    shape: ModelShape, section: StudentSection, topology: Topology
 ) -> TransformerConfig:
+    """Megatron's view of ``shape`` in this layout."""
+    dtype = DTYPES[section.dtype]
+    recompute = section.recompute
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -133,8 +168,13 @@ def _transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,
+        virtual_pipeline_model_parallel_size=topology.vp_size if topology.vp_size > 1 else None,
         context_parallel_size=topology.cp_size,
-        sequence_parallel=sequence_parallel and topology.tp_size > 1,
+        expert_model_parallel_size=topology.ep_size,
+        sequence_parallel=section.parallel.sequence_parallel and topology.tp_size > 1,
+        recompute_granularity=recompute.granularity,
+        recompute_method=recompute.method if recompute.granularity == "full" else None,
+        recompute_num_layers=recompute.num_layers if recompute.granularity == "full" else None,
     )
 
 

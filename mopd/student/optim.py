@@ -39,7 +39,7 @@ def build_optimizer(
             params_dtype=model.dtype,
             use_distributed_optimizer=False,
         ),
-        [model.ddp],
+        list(model.ddp),
     )
     warmup_steps = round(section.lr_warmup_fraction * total_steps)
     decay_steps = round(section.lr_decay_fraction * total_steps)

@@ -32,13 +32,19 @@ class Topology:
     tp_size: int
     pp_rank: int
     pp_size: int
+    vp_size: int  # stages of each pipeline rank
     cp_rank: int
     cp_size: int
+    ep_rank: int
+    ep_size: int
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup | None  # None when tp_size is 1
-    dp_group: dist.ProcessGroup
-    dp_host_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup | None  # None when cp_size is 1
+    ep_group: dist.ProcessGroup | None  # None when ep_size is 1
+    dp_cp_group: dist.ProcessGroup
+    dp_host_group: dist.ProcessGroup  # of replicas, alike places
+    dp_cp_host_group: dist.ProcessGroup
     replica_group: dist.ProcessGroup
     replica_ranks: tuple[int, ...]  # global ranks, ascending
     stage_ranks: tuple[int, ...]  # global rank of tp = cp = 0 in each stage of this replica
@@ -90,7 +96,9 @@ def initialize(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_virtual(parallel),
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
         distributed_timeout_minutes=int(timeout.total_seconds() // 60),
     )
     # One stream of random numbers per pipeline stage, as Megatron's own trainer seeds it.
@@ -125,13 +133,23 @@ def _check(parallel: ParallelSection, world_size: int) -> None:
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    if parallel.context_parallel_size > 1:
-        raise ConfigError("student.parallel.context_parallel_size: not supported yet, use 1")
     if world_size % (sizes[0] * sizes[1] * sizes[2]):
         raise ConfigError(
             f"student.parallel: tensor x pipeline x context sizes {sizes} do not divide the "
             f"{world_size} processes; change the sizes or the number of processes"
         )
+    replicas = world_size // (sizes[0] * sizes[1] * sizes[2])
+    if replicas * sizes[2] % parallel.expert_model_parallel_size:
+        raise ConfigError(
+            f"student.parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} "
+            f"must divide data x context parallel size ({replicas * sizes[2]}); lower it"
+        )
+
+
+def _virtual(parallel: ParallelSection) -> int | None:
+    """Megatron wants None where there is nothing to interleave."""
+    size = parallel.virtual_pipeline_model_parallel_size or 1
+    return size if size > 1 else None
 
 
 def _topology(backend: DeviceBackend, local_rank: int, timeout: timedelta) -> Topology:
@@ -141,6 +159,8 @@ def _topology(backend: DeviceBackend, local_rank: int, timeout: timedelta) -> To
     dp_rank = parallel_state.get_data_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     pp_size = parallel_state.get_pipeline_model_parallel_world_size()
+    cp_size = parallel_state.get_context_parallel_world_size()
+    ep_size = parallel_state.get_expert_model_parallel_world_size()
     # (dp, pp, cp, tp) of every rank: Megatron's rank order stays Megatron's business.
     places: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * dist.get_world_size()
     dist.all_gather_object(places, (dp_rank, pp_rank, cp_rank, tp_rank))
@@ -152,13 +172,21 @@ def _topology(backend: DeviceBackend, local_rank: int, timeout: timedelta) -> To
         tp_size=tp_size,
         pp_rank=pp_rank,
         pp_size=pp_size,
+        vp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         cp_rank=cp_rank,
-        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_size=cp_size,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=ep_size,
         dp_rank=dp_rank,
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_group=_group(parallel_state.get_tensor_model_parallel_group()) if tp_size > 1 else None,
-        dp_group=_group(parallel_state.get_data_parallel_group()),
+        cp_group=_group(parallel_state.get_context_parallel_group()) if cp_size > 1 else None,
+        ep_group=_group(parallel_state.get_expert_model_parallel_group()) if ep_size > 1 else None,
+        dp_cp_group=_group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         dp_host_group=_group(parallel_state.get_data_parallel_group_gloo()),
+        dp_cp_host_group=_group(
+            parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
+        ),
         replica_group=replica_group,
         replica_ranks=replica_ranks,
         stage_ranks=tuple(places.index((dp_rank, stage, 0, 0)) for stage in range(pp_size)),

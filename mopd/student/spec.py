@@ -115,7 +115,9 @@ class CausalAttention(nn.Module):
         return attended.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
 
 
-def decoder_spec(config: TransformerConfig, *, pp_rank: int) -> TransformerBlockSubmodules:
+def decoder_spec(
+    config: TransformerConfig, *, pp_rank: int, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage and the final norm."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
@@ -143,7 +145,7 @@ def decoder_spec(config: TransformerConfig, *, pp_rank: int) -> TransformerBlock
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
-    num_layers = get_num_layers_to_build(config, pp_rank=pp_rank)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     # Megatron's annotations leave out the functions and classes that its own specs pass.
     return TransformerBlockSubmodules(
         layer_specs=[layer] * num_layers,

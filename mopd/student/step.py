@@ -116,10 +116,11 @@ class Student:
 
         Micro-batches may differ in shape, and replicas in their number of micro-batches.
         """
-        self.model.ddp.zero_grad_buffer()
+        for chunk in self.model.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         fused = self._from_hidden is not None
-        with hidden_output(self.model.gpt) if fused else nullcontext():
+        with hidden_output(self.model.head) if fused else nullcontext():
             outputs = self._run(batch.micro_batches, partial(self._loss, batch=batch))
         sums = self._share(_sum_metrics(outputs))
         num_tokens = sums.pop(_TOKENS)
@@ -180,10 +181,12 @@ class Student:
             micro_batch = next(iterator)
             return self._forward(module, micro_batch), make_loss(micro_batch)
 
+        chunks: list[torch.nn.Module] = list(self.model.ddp)
         return self._forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=self.model.ddp,
+            # each stage of an interleaved pipeline reads the micro-batches itself
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=chunks,
             num_microbatches=len(micro_batches),
             seq_length=length,
             micro_batch_size=rows,
@@ -204,7 +207,7 @@ class Student:
             if self._from_hidden is None:
                 output = self._loss_function(last, micro_batch, batch)
             else:
-                weight = output_weight(self.model.gpt)
+                weight = output_weight(self.model.head)
                 output = self._from_hidden(last, weight, micro_batch, batch)
             num_tokens = int(micro_batch.lengths.sum())
             metrics = {
@@ -241,7 +244,7 @@ class Student:
             if skipped:
                 companion.gradient.zero_()
                 continue
-            dist.all_reduce(companion.gradient, group=self.model.topology.dp_group)
+            dist.all_reduce(companion.gradient, group=self.model.topology.dp_cp_group)
             companion.gradient.div_(max(num_tokens, 1.0))
             companion.step(self.companions.lr)
 

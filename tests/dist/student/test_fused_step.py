@@ -171,7 +171,7 @@ def test_layouts_train_alike(models: dict[str, str], name: str) -> None:
 def test_bfloat16(tmp_path: Path) -> None:
     model_dir = str(worlds.make_model("qwen3", tmp_path / "model", dtype=torch.bfloat16))
     for layout in (Layout(), Layout(tp=2)):
-        run = Run(model_dir=model_dir, layout=layout, dtype=torch.bfloat16)
+        run = Run(model_dir=model_dir, layout=layout, student={"dtype": "bfloat16"})
         fused, plain = (run_ranks(train, layout.world_size, run, way)[0] for way in (True, False))
         assert {weight.dtype for weight in fused[1].values()} == {torch.bfloat16}
         for got, want in zip(fused[0], plain[0], strict=True):

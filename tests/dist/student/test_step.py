@@ -80,7 +80,7 @@ def gradients(run: Run) -> tuple[StepResult, dict[str, torch.Tensor]]:
     batch = step_batch(0, run=run, dp_rank=student.model.topology.dp_rank)
     result = student.train_step(replace(batch, denominators=global_counts(run)))
     with torch.no_grad():
-        for parameter in student.model.gpt.parameters():
+        for _, parameter in student.model.named_parameters():
             parameter.copy_(parameter.main_grad)
     return result, {n: t.clone() for n, t in iter_hf_weights(student.model) if t is not None}
 
@@ -163,9 +163,9 @@ def train_with_a_broken_step(run: Run) -> tuple[list[StepResult], list[bool]]:
     results, changed = [], []
     dp_rank = plain.model.topology.dp_rank
     for step in range(3):
-        before = [p.detach().clone() for p in plain.model.gpt.parameters()]
+        before = [p.detach().clone() for _, p in plain.model.named_parameters()]
         results.append(student.train_step(step_batch(step, run=run, dp_rank=dp_rank)))
-        after = plain.model.gpt.parameters()
+        after = [p for _, p in plain.model.named_parameters()]
         changed.append(any(not torch.equal(b, a) for b, a in zip(before, after, strict=True)))
     return results, changed
 
@@ -271,7 +271,7 @@ def test_bfloat16_follows_float32(tmp_path: Path) -> None:
     model_dir = str(worlds.make_model("qwen3", tmp_path / "model", dtype=torch.bfloat16))
     expected, _ = run_ranks(worlds.train, 1, Run(model_dir=model_dir))[0]
     for layout in (Layout(), Layout(tp=2, pp=2)):
-        run = Run(model_dir=model_dir, layout=layout, dtype=torch.bfloat16)
+        run = Run(model_dir=model_dir, layout=layout, student={"dtype": "bfloat16"})
         results, weights = run_ranks(worlds.train, layout.world_size, run)[0]
         assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
         for got, want in zip(results, expected, strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mopd.config.schema import OptimizerSection, ParallelSection
+from mopd.config.schema import OptimizerSection, ParallelSection, StudentSection
 from mopd.device import get_device
 from mopd.losses.base import LossOutput
 from mopd.student.model import StudentModel, build_student
@@ -34,16 +34,30 @@ SIZES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel axes; `dp` is what the number of processes leaves."""
+    """Sizes of the parallel axes; `dp` is what the number of processes leaves, `ep` is over it."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
+    vp: int | None = None
+    ep: int = 1
     sequence_parallel: bool = False
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def section(self) -> ParallelSection:
+        return ParallelSection(
+            tensor_model_parallel_size=self.tp,
+            sequence_parallel=self.sequence_parallel,
+            pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vp,
+            context_parallel_size=self.cp,
+            expert_model_parallel_size=self.ep,
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ class Run:
     layout: Layout = field(default_factory=Layout)
     micro_rows: int = 4
     steps: int = 3
-    dtype: torch.dtype = torch.float32
+    student: dict[str, Any] = field(default_factory=dict)  # more keys of its section
 
 
 def make_model(family: str, out_dir: Path, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -90,10 +104,7 @@ def make_model(family: str, out_dir: Path, *, dtype: torch.dtype = torch.float32
 
 def join(layout: Layout) -> Topology:
     """This process's place in the layout."""
-    parallel = ParallelSection(
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
-    )
-    return initialize(parallel, backend=get_device("cpu"), seed=3)
+    return initialize(layout.section, backend=get_device("cpu"), seed=3)
 
 
 def build(
@@ -105,16 +116,14 @@ def build(
 ) -> Student:
     """A student in the layout of `run`, with the shared loss unless another is given."""
     topology = join(run.layout)
-    model = build_student(
-        run.model_dir,
-        topology=topology,
-        dtype=run.dtype,
-        sequence_parallel=run.layout.sequence_parallel,
-    )
     # A small epsilon would let Adam turn rounding noise of near-zero gradients into steps.
     section = section or OptimizerSection(
         lr=1e-2, lr_warmup_fraction=0.2, adam_eps=1e-4, clip_grad=0.5
     )
+    student = StudentSection(
+        model=run.model_dir, parallel=run.layout.section, optimizer=section, **run.student
+    )
+    model = build_student(student, topology=topology)
     optimizer, scheduler = build_optimizer(section, model=model, total_steps=total_steps)
     return Student(
         model=model,

@@ -42,9 +42,9 @@ def test_every_stage_gets_its_layers_and_the_last_a_copy_of_the_embedding() -> N
     names = [name for slot in slots if slot.exported for name in slot.tensors]
     assert len(names) == len(set(names)) == 1 + 4 * 11 + 1
     layer_two = next(s for s in slots if "model.layers.2.self_attn.o_proj.weight" in s.tensors)
-    assert (layer_two.stage, layer_two.parameter.split(".")[2]) == (1, "0")
+    assert (layer_two.stage, layer_two.parameter.split(".")[3]) == (1, "0")
     copies = [slot for slot in slots if not slot.exported]
-    assert [(copy.stage, copy.parameter) for copy in copies] == [(1, "output_layer.weight")]
+    assert [(copy.stage, copy.parameter) for copy in copies] == [(1, "0.output_layer.weight")]
 
 
 def test_reads_slices_of_indexed_shards(tmp_path: Path) -> None:
