@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mopd.losses.base import LossOutput
 from mopd.student.model import StudentModel
 from mopd.student.output import hidden_output, output_weight
+from mopd.student.schedule import run_schedule
 from mopd.types import MicroBatch, StepBatch
 
 LossFunction = Callable[[torch.Tensor, MicroBatch, StepBatch], LossOutput]
@@ -109,7 +109,6 @@ class Student:
             else None
         )
         self._clip_grad = clip_grad
-        self._forward_backward = get_forward_backward_func()
 
     def train_step(self, batch: StepBatch) -> StepResult:
         """Forward, backward, clip, update. Collective over all ranks.
@@ -121,7 +120,9 @@ class Student:
         self.optimizer.zero_grad()
         fused = self._from_hidden is not None
         with hidden_output(self.model.head) if fused else nullcontext():
-            outputs = self._run(batch.micro_batches, partial(self._loss, batch=batch))
+            outputs = run_schedule(
+                self.model, batch.micro_batches, partial(self._loss, batch=batch)
+            )
         sums = self._share(_sum_metrics(outputs))
         num_tokens = sums.pop(_TOKENS)
         if num_tokens != batch.num_tokens:
@@ -145,7 +146,7 @@ class Student:
             tokens=tokens, lengths=lengths, response_mask=np.zeros(tokens.shape, dtype=bool)
         )
         with torch.no_grad():
-            outputs = self._run((micro_batch,), lambda *_: _keep, forward_only=True)
+            outputs = run_schedule(self.model, (micro_batch,), lambda _: _keep, forward_only=True)
         topology, model = self.model.topology, self.model
         size = (*tokens.shape, model.padded_vocab_size)
         if topology.is_last_stage:
@@ -162,43 +163,6 @@ class Student:
         actual = torch.as_tensor(ids[1:], dtype=torch.int64, device=scores.device)
         scores = torch.log_softmax(scores.float(), dim=-1)
         return scores.gather(1, actual[:, None])[:, 0].cpu().numpy()
-
-    def _run(
-        self,
-        micro_batches: tuple[MicroBatch, ...],
-        make_loss: Callable[[MicroBatch], Callable[..., Any]],
-        *,
-        forward_only: bool = False,
-    ) -> list[Any]:
-        """Megatron's schedule over the micro-batches; what the loss closures return, if any."""
-        if not micro_batches:
-            raise ValueError("a step without micro-batches; give an idle replica an empty one")
-        rows, length = micro_batches[0].tokens.shape
-
-        def forward_step(
-            iterator: Iterator[MicroBatch], module: torch.nn.Module
-        ) -> tuple[torch.Tensor, Callable[..., Any]]:
-            micro_batch = next(iterator)
-            return self._forward(module, micro_batch), make_loss(micro_batch)
-
-        chunks: list[torch.nn.Module] = list(self.model.ddp)
-        return self._forward_backward(
-            forward_step_func=forward_step,
-            # each stage of an interleaved pipeline reads the micro-batches itself
-            data_iterator=[iter(micro_batches) for _ in chunks],
-            model=chunks,
-            num_microbatches=len(micro_batches),
-            seq_length=length,
-            micro_batch_size=rows,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
-
-    def _forward(self, module: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        device = self.model.topology.device
-        tokens = torch.tensor(micro_batch.tokens, dtype=torch.int64, device=device)
-        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        return module(input_ids=tokens, position_ids=positions, attention_mask=None)
 
     def _loss(self, micro_batch: MicroBatch, *, batch: StepBatch) -> Callable[..., Any]:
         def compute(
