@@ -1,4 +1,4 @@
-"""Rollouts with their teachers' rows -> right-padded micro-batches."""
+"""Rollouts with their teachers' rows -> micro-batches, right-padded or packed."""
 
 from __future__ import annotations
 
@@ -33,38 +33,95 @@ class Sample:
         return self.rollout.loss_mask if self.trained is None else self.trained
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batching:
+    """How samples become micro-batches.
+
+    ``size`` samples each or, with ``max_tokens``, as many as fit, padding counted; a sample that is
+    longer has a micro-batch of its own. ``packing`` puts them behind each other.
+    """
+
+    size: int
+    max_tokens: int | None = None
+    packing: bool = False
+
+
 def make_micro_batches(
-    samples: Sequence[Sample], *, micro_batch_size: int, pad_id: int
+    samples: Sequence[Sample], *, batching: Batching, pad_id: int
 ) -> tuple[MicroBatch, ...]:
-    """Micro-batches of one common padded length, in the order of ``samples``.
+    """Micro-batches of the samples; of one common padded length where ``size`` cuts them.
 
     The student reads prompt + response; row i predicts token i + 1, so the response token s of a
     prompt of P tokens is predicted by row P - 1 + s. Labels are never shifted again.
     """
-    longest = max(len(s.rollout.prompt_ids) + len(s.rollout.token_ids) for s in samples)
+    lengths = [_length(sample) for sample in samples]
+    groups = _groups(lengths, batching)
+    if batching.packing:
+        return tuple(_packed([samples[i] for i in group]) for group in groups)
+    longest = max(lengths)
     return tuple(
-        _micro_batch(samples[i : i + micro_batch_size], length=longest, pad_id=pad_id)
-        for i in range(0, len(samples), micro_batch_size)
+        _padded_batch(
+            [samples[i] for i in group],
+            length=longest if batching.max_tokens is None else max(lengths[i] for i in group),
+            pad_id=pad_id,
+        )
+        for group in groups
     )
 
 
-def _micro_batch(samples: Sequence[Sample], *, length: int, pad_id: int) -> MicroBatch:
-    tokens = np.full((len(samples), length), pad_id, dtype=np.int64)
-    mask = np.zeros((len(samples), length), dtype=bool)
-    lengths = np.zeros(len(samples), dtype=np.int64)
+def _groups(lengths: Sequence[int], batching: Batching) -> list[list[int]]:
+    """Samples of each micro-batch."""
+    limit = batching.max_tokens
+    if limit is None:
+        every = list(range(len(lengths)))
+        return [every[i : i + batching.size] for i in range(0, len(every), batching.size)]
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    for i in longest_first:
+        if batching.packing:  # first fit, decreasing
+            fits = (g for g in groups if sum(lengths[k] for k in g) + lengths[i] <= limit)
+        else:  # the first of a group is its longest
+            fits = (g for g in groups[-1:] if (len(g) + 1) * lengths[g[0]] <= limit)
+        group = next(fits, None)
+        if group is None:
+            groups.append(group := [])
+        group.append(i)
+    return [sorted(group) for group in groups]
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.rollout.prompt_ids) + len(sample.rollout.token_ids)
+
+
+def _padded_batch(samples: Sequence[Sample], *, length: int, pad_id: int) -> MicroBatch:
+    starts = [b * length for b in range(len(samples))]
+    return _micro_batch(samples, starts, shape=(len(samples), length), pad_id=pad_id)
+
+
+def _packed(samples: Sequence[Sample]) -> MicroBatch:
+    offsets = np.cumsum([0, *(_length(sample) for sample in samples)])
+    batch = _micro_batch(samples, offsets[:-1].tolist(), shape=(1, int(offsets[-1])), pad_id=0)
+    return replace(batch, offsets=offsets)
+
+
+def _micro_batch(
+    samples: Sequence[Sample], starts: Sequence[int], *, shape: tuple[int, int], pad_id: int
+) -> MicroBatch:
+    """Sample i begins at position ``starts[i]`` of the flattened micro-batch."""
+    tokens = np.full(shape[0] * shape[1], pad_id, dtype=np.int64)
+    mask = np.zeros(tokens.shape, dtype=bool)
     per_teacher: dict[str, list[TeacherRows]] = {}
-    for b, sample in enumerate(samples):
-        rollout = sample.rollout
-        prompt, total = len(rollout.prompt_ids), len(rollout.prompt_ids) + len(rollout.token_ids)
-        tokens[b, :prompt], tokens[b, prompt:total] = rollout.prompt_ids, rollout.token_ids
-        mask[b, prompt - 1 : total - 1] = sample.loss_mask
-        lengths[b] = total
+    for start, sample in zip(starts, samples, strict=True):
+        rollout, total = sample.rollout, _length(sample)
+        first = start + len(rollout.prompt_ids)
+        tokens[start:first], tokens[first : start + total] = rollout.prompt_ids, rollout.token_ids
+        mask[first - 1 : start + total - 1] = sample.loss_mask
         for name, rows in sample.rows.items():
-            per_teacher.setdefault(name, []).append(_moved(rows, b * length + prompt - 1))
+            per_teacher.setdefault(name, []).append(_moved(rows, first - 1))
     return MicroBatch(
-        tokens=tokens,
-        lengths=lengths,
-        response_mask=mask,
+        tokens=tokens.reshape(shape),
+        lengths=np.array([_length(sample) for sample in samples], dtype=np.int64),
+        response_mask=mask.reshape(shape),
         rows={name: concatenate_rows(parts) for name, parts in per_teacher.items()},
     )
 

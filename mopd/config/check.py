@@ -175,8 +175,6 @@ def _sizes(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel = config.student.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp = parallel.context_parallel_size
-    if cp > 1:
-        yield f"student.parallel.context_parallel_size={cp}: is not supported yet, use 1"
     if world_size % (tp * pp * cp):
         yield (
             f"student.parallel: tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp} does "

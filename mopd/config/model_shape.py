@@ -84,8 +84,6 @@ def check_layout(shape: ModelShape, parallel: ParallelSection, world_size: int) 
             f"pipeline_model_parallel_size={pipeline} must divide the model's layers "
             f"({shape.num_layers})"
         )
-    if context > 1:
-        problems.append(f"context_parallel_size={context} is not supported yet, use 1")
     if world_size % (tensor * pipeline * context):
         problems.append(
             f"tensor x pipeline x context parallel size ({tensor * pipeline * context}) must "

@@ -98,8 +98,7 @@ class Loss(Protocol):
 
     `measure` and `couple` run only when ``coupled``: `measure` gives the student's log-probability
     of each chunk token, [t] or the first column of [t, k], and `couple` sees those of the whole
-    micro-batch next to ``chunk_logprob`` [C], their sums over each chunk (over context-parallel
-    ranks too).
+    micro-batch next to ``chunk_logprob`` [C], their sums over each chunk.
 
     `grad` writes ``scale`` times d(loss)/d(logits) into ``out`` [n, V_local], which holds anything,
     and returns unscaled sums.

@@ -17,7 +17,7 @@ from mopd.losses.base import Chunks, Coupled, Loss, LossOutput, LossSums, Projec
 from mopd.losses.cross_entropy import CROSS_ENTROPY, cross_entropy
 from mopd.losses.rows import blocks
 from mopd.losses.source import LinearSource, LogitsSource, Source
-from mopd.losses.vocab import ProcessGroup, VocabShard, sum_over
+from mopd.losses.vocab import VocabShard
 from mopd.types import MicroBatch, StepBatch, TeacherRows
 
 # On a CPU a block and its few temporaries should stay in cache; a GPU wants large blocks.
@@ -61,14 +61,11 @@ class DistillationHead:
     Called by the student step with vocabulary-parallel logits [B, L, V_local], or through
     `from_hidden` with what they are the product of. Blocks are upcast to float32 (or stay float64);
     the logits as a whole never are.
-
-    ``context_group`` are the ranks that hold the other rows of the same micro-batch.
     """
 
     terms: Mapping[str, TeacherTerm]
     shard: VocabShard
     block_size: int | None = None  # rows; None: as many as fit BLOCK_ELEMENTS
-    context_group: ProcessGroup | None = None
 
     def __call__(self, logits: Tensor, micro: MicroBatch, batch: StepBatch) -> LossOutput:
         """``total`` is T * sum_m weight_m S_m / D_m with T the step's global number of tokens,
@@ -104,7 +101,6 @@ class DistillationHead:
             payload = micro.rows.get(name)
             denominator = batch.denominators.get(name, 0.0)
             sums = LossSums(loss=torch.zeros_like(value), kl=torch.zeros_like(value))
-            # also without rows of its own: other context-parallel ranks may wait for its sums
             if payload is not None and denominator > 0:
                 weight = batch.weights.get(name, term.weight) * batch.distillation_weight
                 scale = weight * batch.num_tokens / denominator
@@ -141,7 +137,7 @@ class DistillationHead:
         if coupled:
             measured = [term.loss.measure(source.read(b), b.rows, shard) for b in source.visit(cut)]
             token_logprob = torch.cat(measured) if measured else like.new_zeros(0)
-            joined = _couple(term.loss, token_logprob, payload, group=self.context_group)
+            joined = _couple(term.loss, token_logprob, payload)
             loss, kl, extra = loss + joined.loss, kl + joined.kl, joined.extra
             token_grad = joined.token_grad
         for block in source.visit(cut):
@@ -157,13 +153,8 @@ class DistillationHead:
         return max(MIN_ROWS, min(MAX_ROWS, elements // max(self.shard.size, 1)))
 
 
-def _couple(
-    loss: Loss, token_logprob: Tensor, payload: TeacherRows, *, group: ProcessGroup | None
-) -> Coupled:
-    """Chunk sums on every rank alike, then the slope of each token's log-probability.
-
-    Over ``group`` the sums are those of whole chunks, and each rank has the slopes of its tokens.
-    """
+def _couple(loss: Loss, token_logprob: Tensor, payload: TeacherRows) -> Coupled:
+    """Chunk sums on every rank alike, then the slope of each token's log-probability."""
 
     def tensor(array: np.ndarray) -> Tensor:
         if array.dtype.kind == "f":
@@ -182,4 +173,4 @@ def _couple(
     plain = token_logprob if token_logprob.dim() == 1 else token_logprob[:, 0]
     total = torch.zeros_like(chunks.teacher_logprob)
     total.index_add_(0, chunks.token_chunk, plain)
-    return loss.couple(token_logprob, sum_over(total, group), chunks)
+    return loss.couple(token_logprob, total, chunks)

@@ -257,4 +257,6 @@ def _student(
         clip_grad=config.student.optimizer.clip_grad,
         fused_head=config.student.fused_head,
         companions=learned_companions(config, terms, found),
+        # opd looks from a token to the ones behind it, and at whole answers
+        share_by="sequence" if "opd" in {pair.loss for pair in found.values()} else "chunk",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mopd.align.batch import Batching
 from mopd.config.keys import printable
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
@@ -76,7 +77,11 @@ def build_feed(
         books=books,
         options=FeedOptions(
             objective=objective,
-            micro_batch_size=config.train.micro_batch_size,
+            batching=Batching(
+                size=config.train.micro_batch_size,
+                max_tokens=config.train.max_tokens_per_micro_batch,
+                packing=config.train.packing,
+            ),
             max_failed_share=config.distillation.max_failed_share,
             sum_over_replicas=lambda values: sum_over_leads(topology, values),
         ),

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from mopd.align.batch import Sample, make_micro_batches
+from mopd.align.batch import Batching, Sample, make_micro_batches
 from mopd.align.select import Score
 from mopd.runtime.weights import (
     Normalizer,
@@ -54,7 +54,7 @@ def collate(
     scores: Sequence[Mapping[str, TeacherScores]],
     masked: tuple[float, float],
     objective: Objective,
-    micro_batch_size: int,
+    batching: Batching,
     pad_id: int,
     sum_over_replicas: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[StepBatch, Totals]:
@@ -69,7 +69,7 @@ def collate(
         weights = dynamic_weights(objective.weights, totals.scores, objective.sharpness)
     selected = objective.selection is not None
     weighed = [stand_ins(s, weights or objective.weights, selected=selected) for s in weighed]
-    micro_batches = make_micro_batches(weighed, micro_batch_size=micro_batch_size, pad_id=pad_id)
+    micro_batches = make_micro_batches(weighed, batching=batching, pad_id=pad_id)
     batch = StepBatch(
         step=step,
         micro_batches=micro_batches,

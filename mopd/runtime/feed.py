@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mopd.align.batch import Sample
+from mopd.align.batch import Batching, Sample
 from mopd.errors import TeacherError
 from mopd.metrics.metric import Metric
 from mopd.metrics.span import Spans
@@ -31,7 +31,7 @@ class FeedOptions:
     """``sum_over_replicas`` adds a vector over the lead ranks of all replicas."""
 
     objective: Objective
-    micro_batch_size: int
+    batching: Batching
     max_failed_share: float
     sum_over_replicas: Callable[[np.ndarray], np.ndarray]
 
@@ -107,7 +107,7 @@ class Feed:
             scores=gathered.scores,
             masked=(tally.sums["masked"], tally.counts["masked"]),
             objective=self._options.objective,
-            micro_batch_size=self._options.micro_batch_size,
+            batching=self._options.batching,
             pad_id=self._student.pad_id,
             sum_over_replicas=self._options.sum_over_replicas,
         )

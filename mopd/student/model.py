@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def build_chunk(
         position_embedding_type="rope",
         vp_stage=stage,
     )
-    output.install(gpt)
+    output.install(gpt, topology.cp_group)
     _set_rotary_frequencies(gpt, shape, topology.device)
     _mark_shards(gpt)
     return gpt
@@ -132,8 +133,16 @@ def transformer_config(
     shape: ModelShape, section: StudentSection, topology: Topology
 ) -> TransformerConfig:
     """Megatron's view of ``shape`` in this layout."""
-    dtype = DTYPES[section.dtype]
-    recompute = section.recompute
+    with warnings.catch_warnings():
+        # of recompute_granularity=selective, where Transformer Engine's attention is fused
+        warnings.filterwarnings("ignore", "If you are using transformer_engine")
+        return _megatron_config(shape, section, topology)
+
+
+def _megatron_config(
+    shape: ModelShape, section: StudentSection, topology: Topology
+) -> TransformerConfig:
+    dtype, recompute = DTYPES[section.dtype], section.recompute
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -162,7 +171,12 @@ def transformer_config(
         perform_initialization=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        variable_seq_lengths=topology.pp_size > 1,  # stages tell each other each shape
+        transformer_impl="local",
+        # Stages tell each other each shape; interleaved ones get one shape a step instead: between
+        # two ranks Megatron's shapes of activations and gradients would cross.
+        variable_seq_lengths=topology.pp_size > 1 and topology.vp_size == 1,
+        overlap_p2p_comm=topology.vp_size > 1,  # sends and receives in an order of their own
+        batch_p2p_comm=topology.vp_size == 1,
         moe_token_dispatcher_type="alltoall",  # no experts here, but the line above asks for it
         cuda_graph_scope=[],  # the default is a deprecated spelling of the same
         bf16=dtype == torch.bfloat16,

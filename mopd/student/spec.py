@@ -9,9 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -25,6 +23,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
+
+from mopd.student.attention import CausalAttention
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -70,49 +70,6 @@ class NormColumnParallelLinear(ColumnParallelLinear):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         normed = rms_norm(input_, self.layer_norm_weight, self.epsilon)
         return super().forward(normed, *args, **kwargs)
-
-
-class CausalAttention(nn.Module):
-    """Causal softmax attention with grouped queries through torch's fused kernel.
-
-    Padding is on the right, where causality already hides it from every real token: no mask.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__()
-        del layer_number, cp_comm_type, pg_collection
-        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
-        assert config.context_parallel_size == 1
-        self.softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: torch.Tensor,  # [S, B, N, D]
-        key: torch.Tensor,  # [S, B, G, D]
-        value: torch.Tensor,  # [S, B, G, D]
-        attention_mask: torch.Tensor | None,
-        **options: Any,
-    ) -> torch.Tensor:  # [S, B, N * D]
-        assert attention_mask is None and options.get("packed_seq_params") is None
-        sequence, batch = query.shape[:2]
-        attended = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return attended.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
 
 
 def decoder_spec(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mopd.align.share import ShareBy, share_micro_batch
 from mopd.losses.base import LossOutput
 from mopd.student.model import StudentModel
 from mopd.student.output import hidden_output, output_weight
@@ -83,6 +84,8 @@ class Student:
     real tokens in the whole step and a loss sum_j lambda_j S_j / D_j, its totals add up, over all
     micro-batches of all replicas, to T * sum_j lambda_j S_j / D_j.
 
+    ``share_by``: what context-parallel ranks must not tear when they share a loss's rows.
+
     With ``fused_head`` a `FusedLossFunction` gets hidden states and the output weight instead, and
     logits never exist as a whole.
     """
@@ -97,6 +100,7 @@ class Student:
         clip_grad: float,
         fused_head: bool,
         companions: Companions | None = None,
+        share_by: ShareBy = "chunk",
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -109,6 +113,7 @@ class Student:
             else None
         )
         self._clip_grad = clip_grad
+        self._share_by: ShareBy = share_by
 
     def train_step(self, batch: StepBatch) -> StepResult:
         """Forward, backward, clip, update. Collective over all ranks.
@@ -165,15 +170,20 @@ class Student:
         return scores.gather(1, actual[:, None])[:, 0].cpu().numpy()
 
     def _loss(self, micro_batch: MicroBatch, *, batch: StepBatch) -> Callable[..., Any]:
+        topology = self.model.topology
+        cp_rank = topology.cp_rank
+
         def compute(
             last: torch.Tensor,
         ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            mine = share_micro_batch(micro_batch, cp_rank, topology.cp_size, by=self._share_by)
             if self._from_hidden is None:
-                output = self._loss_function(last, micro_batch, batch)
+                output = self._loss_function(last, mine, batch)
             else:
                 weight = output_weight(self.model.head)
-                output = self._from_hidden(last, weight, micro_batch, batch)
-            num_tokens = int(micro_batch.lengths.sum())
+                output = self._from_hidden(last, weight, mine, batch)
+            # once for all context ranks: the schedule adds them up
+            num_tokens = int(micro_batch.lengths.sum()) if cp_rank == 0 else 0
             metrics = {
                 **{name: value.detach() for name, value in output.metrics.items()},
                 _LOSS: output.total.detach(),
@@ -189,8 +199,8 @@ class Student:
         topology = self.model.topology
         totals: dict[str, float] = {}
         if topology.is_last_stage:
-            parts: list[dict[str, float]] = [{} for _ in range(topology.dp_size)]
-            dist.all_gather_object(parts, sums, group=topology.dp_host_group)
+            parts: list[dict[str, float]] = [{}] * (topology.dp_size * topology.cp_size)
+            dist.all_gather_object(parts, sums, group=topology.dp_cp_host_group)
             for part in parts:
                 for name, value in part.items():
                     totals[name] = totals.get(name, 0.0) + value

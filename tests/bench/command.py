@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import cases, data, measure, problems, rows, serve_cases, transport_cases
+from tests.bench import (
+    cases,
+    data,
+    measure,
+    problems,
+    rows,
+    serve_cases,
+    step_cases,
+    transport_cases,
+)
 
 # JSON first: a heap that held large tensors makes both of its sides slower, ours more
 TRANSPORT = {
@@ -18,7 +27,8 @@ TRANSPORT = {
     "transport_rows": serve_cases.transport_rows,
     "serve_vllm": serve_cases.serve_vllm,
 }
-ROWS = (*TRANSPORT, *rows.BUILDERS, "scaling", "alignment", "projection_build")
+STEPS = {"packing": step_cases.packing}
+ROWS = (*TRANSPORT, *STEPS, *rows.BUILDERS, "scaling", "alignment", "projection_build")
 REPEATS = 7
 
 
@@ -64,8 +74,8 @@ def run_row(name: str, options: argparse.Namespace, cache: Path) -> dict[str, An
         return scaling(quick, cache, repeats)
     if name == "alignment":
         return data.alignment(quick, cache, repeats)
-    if name in TRANSPORT:
-        return TRANSPORT[name](quick, repeats)
+    if name in TRANSPORT | STEPS:
+        return (TRANSPORT | STEPS)[name](quick, repeats)
     if name == "projection_build":
         row = data.projection_build(quick, min(repeats, 3))
         if not options.no_peak:

@@ -13,6 +13,16 @@ from tests.helpers.runs import step_lines, train_here, words
 LAYOUTS = {
     "tp2": (2, {"student__parallel__tensor_model_parallel_size": 2}),
     "pp2": (2, {"student__parallel__pipeline_model_parallel_size": 2}),
+    "tp2-sp-packed": (
+        2,
+        {
+            "student__parallel__tensor_model_parallel_size": 2,
+            "student__parallel__sequence_parallel": "true",
+            "train__packing": "true",
+            "train__max_tokens_per_micro_batch": 100,
+        },
+    ),
+    "cp2": (2, {"student__parallel__context_parallel_size": 2}),
     "dp2": (2, {}),
     "tp2-pp2": (
         4,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mopd.align.share import share_micro_batch
 from mopd.config.schema import ParallelSection
 from mopd.device import get_device
 from mopd.losses.head import DistillationHead, TeacherTerm
-from mopd.losses.vocab import ProcessGroup, VocabShard
+from mopd.losses.vocab import VocabShard
 from mopd.projection import ProjectionShard
 from mopd.student.parallel import initialize
 from mopd.types import TeacherRows
@@ -37,13 +37,11 @@ def head_of(
     shard: VocabShard,
     projection: ProjectionShard | None = None,
     block_size: int = 4,
-    context_group: ProcessGroup | None = None,
 ) -> DistillationHead:
     return DistillationHead(
         terms={"t": TeacherTerm(loss=loss, weight=1.0, projection=projection)},
         shard=shard,
         block_size=block_size,
-        context_group=context_group,
     )
 
 
@@ -98,50 +96,12 @@ def fused_shard(name: str, size: int, options: dict[str, Any]) -> Result:
     return run_factors(head, hidden, padded[start : start + width], case.rows, fused=True)
 
 
-def context_shard(
-    parts: list[list[int]], options: dict[str, Any], joined: bool, fused: bool
-) -> Result:
-    """This rank's results for the rows ``parts[rank]`` of one micro-batch."""
-    topology = initialize(ParallelSection(), backend=get_device("cpu"), seed=1)
+def shares(options: dict[str, Any], size: int, fused: bool) -> list[Result]:
+    """Results of ranks that all see the hidden states and share the loss's rows."""
     case = problem(11)
     hidden, weight = factors(len(case.logits), V_S)
     shard, projection = whole(case)
-    head = head_of(
-        build_loss("ctkd", projection, **options),
-        shard=shard,
-        projection=projection,
-        context_group=topology.dp_group if joined else None,
-    )
-    mine = np.array(parts[topology.rank], dtype=np.int64)
-    rows = rows_at(case.rows, mine)
-    return run_factors(head, hidden[torch.from_numpy(mine)], weight, rows, fused=fused)
-
-
-def rows_at(rows: TeacherRows, mine: np.ndarray) -> TeacherRows:
-    """What ``rows`` say of the positions ``mine``, which become 0, 1, ...; all chunks are kept."""
-    keep = np.isin(rows.position, mine)
-    token, path = np.isin(rows.token_position, mine), np.isin(rows.path_position, mine)
-    slots = np.diff(rows.path_offsets)
-    slot = np.repeat(path, slots)
-    entry = slot[rows.path_entry_slot]
-    first = [rows.token_position[rows.token_chunk == c][0] for c in range(len(rows.chunk_size))]
-    assert rows.topk_ids is not None
-    return replace(
-        rows,
-        position=np.searchsorted(mine, rows.position[keep]),
-        row_weight=rows.row_weight[keep],
-        topk_ids=rows.topk_ids[keep],
-        topk_logprobs=rows.topk_logprobs[keep],
-        log_tail=rows.log_tail[keep],
-        chunk_owned=np.isin(first, mine),
-        token_position=np.searchsorted(mine, rows.token_position[token]),
-        token_id=rows.token_id[token],
-        token_chunk=rows.token_chunk[token],
-        token_sampling_logprob=rows.token_sampling_logprob[token],
-        path_position=np.searchsorted(mine, rows.path_position[path]),
-        path_weight=rows.path_weight[path],
-        path_offsets=np.concatenate([[0], np.cumsum(slots[path])]).astype(np.int64),
-        path_target=rows.path_target[slot],
-        path_entry_slot=(np.cumsum(slot) - 1)[rows.path_entry_slot[entry]],
-        path_entry=rows.path_entry[entry],
-    )
+    head = head_of(build_loss("ctkd", projection, **options), shard=shard, projection=projection)
+    micro, _ = step_of(case.rows, len(hidden))
+    parts = [share_micro_batch(micro, rank, size) for rank in range(size)]
+    return [run_factors(head, hidden, weight, part.rows["t"], fused=fused) for part in parts]

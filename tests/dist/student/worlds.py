@@ -69,28 +69,32 @@ class Run:
     micro_rows: int = 4
     steps: int = 3
     student: dict[str, Any] = field(default_factory=dict)  # more keys of its section
+    packed: bool = False
 
 
-def make_model(family: str, out_dir: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def make_model(
+    family: str, out_dir: Path, *, dtype: torch.dtype = torch.float32, **sizes: Any
+) -> Path:
     """A random model of a family, saved by transformers. 67 tokens: odd, so tp = 2 pads."""
     import transformers as tf
 
     torch.manual_seed(5)
+    sizes = SIZES | sizes
     if family.startswith("llama"):
         rope = {"rope_type": "default", "rope_theta": 10000.0}
         if family == "llama3":
             rope |= {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0}
             rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
         config = tf.LlamaConfig(
-            vocab_size=67, head_dim=32, rope_parameters=rope, tie_word_embeddings=False, **SIZES
+            vocab_size=67, head_dim=32, rope_parameters=rope, tie_word_embeddings=False, **sizes
         )
         model = tf.LlamaForCausalLM(config)
     elif family == "qwen2":
-        sizes = SIZES | {"hidden_size": 128}  # Qwen2 has no head_dim of its own
+        sizes |= {"hidden_size": 128}  # Qwen2 has no head_dim of its own
         config = tf.Qwen2Config(vocab_size=67, tie_word_embeddings=True, **sizes)
         model = tf.Qwen2ForCausalLM(config)
     else:
-        config = tf.Qwen3Config(vocab_size=67, head_dim=32, tie_word_embeddings=True, **SIZES)
+        config = tf.Qwen3Config(vocab_size=67, head_dim=32, tie_word_embeddings=True, **sizes)
         model = tf.Qwen3ForCausalLM(config)
     with torch.no_grad():  # norms and biases start at constants that hide mistakes
         for parameter in model.parameters():
@@ -196,6 +200,8 @@ def step_batch(step: int, *, run: Run, dp_rank: int, empty: int = 0) -> StepBatc
         MicroBatch(tokens=tokens[part], lengths=lengths[part], response_mask=mask[part])
         for part in mine.reshape(-1, run.micro_rows)
     ]
+    if run.packed:
+        micro_batches = [packed(micro_batch) for micro_batch in micro_batches]
     nothing = MicroBatch(
         tokens=np.zeros((run.micro_rows, width), dtype=np.int64),
         lengths=np.zeros(run.micro_rows, dtype=np.int64),
@@ -208,6 +214,28 @@ def step_batch(step: int, *, run: Run, dp_rank: int, empty: int = 0) -> StepBatc
         num_tokens=int(lengths.sum()),
         metrics={},
     )
+
+
+def packed(micro: MicroBatch) -> MicroBatch:
+    """The same texts behind each other."""
+    real = np.arange(micro.tokens.shape[1]) < micro.lengths[:, None]
+    return MicroBatch(
+        tokens=micro.tokens[real][None],
+        lengths=micro.lengths,
+        response_mask=micro.response_mask[real][None],
+        offsets=np.concatenate([[0], np.cumsum(micro.lengths)]),
+    )
+
+
+def gradients(run: Run) -> tuple[StepResult, dict[str, torch.Tensor]]:
+    """One step that changes nothing: its result, and on leads its gradient by Hugging Face name."""
+    section = OptimizerSection(lr=1e-2, lr_warmup_fraction=0.0, clip_grad=0.0)
+    student = build(run, section=section)
+    result = student.train_step(step_batch(0, run=run, dp_rank=student.model.topology.dp_rank))
+    with torch.no_grad():
+        for _, parameter in student.model.named_parameters():
+            parameter.copy_(parameter.main_grad)
+    return result, full_weights(student)
 
 
 def full_weights(student: Student) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mopd.align.batch import Sample, concatenate_rows, make_micro_batches
+from mopd.align.batch import Batching, Sample, concatenate_rows, make_micro_batches
 from mopd.types import Prompt, Rollout, TeacherRows
 from tests.helpers.losses import make_rows
 
@@ -50,7 +50,7 @@ def test_padding_lengths_and_masks() -> None:
         Sample(rollout=rollout(4, 2, mask=[True, False]), rows={}),
         Sample(rollout=rollout(1, 1), rows={}),
     ]
-    first, second = make_micro_batches(samples, micro_batch_size=2, pad_id=PAD)
+    first, second = make_micro_batches(samples, batching=Batching(size=2), pad_id=PAD)
     assert first.tokens.tolist() == [[1, 2, 50, 51, 52, PAD], [1, 2, 3, 4, 50, 51]]
     assert second.tokens.tolist() == [[1, 50, PAD, PAD, PAD, PAD]]  # one length for the whole step
     assert [*first.lengths, *second.lengths] == [5, 6, 2]
@@ -63,7 +63,7 @@ def test_positions_move_to_the_flattened_axis() -> None:
         Sample(rollout=rollout(2, 3), rows={"a": rows([0, 2], width=2, paths=1)}),
         Sample(rollout=rollout(3, 3), rows={"a": rows([1], width=2), "b": rows([0], width=2)}),
     ]
-    (micro,) = make_micro_batches(samples, micro_batch_size=2, pad_id=PAD)
+    (micro,) = make_micro_batches(samples, batching=Batching(size=2), pad_id=PAD)
     length = micro.tokens.shape[1]
     assert micro.rows["a"].position.tolist() == [1, 3, length + 2 + 1]
     assert micro.rows["a"].token_position.tolist() == [1, 3, length + 2 + 1]
@@ -109,7 +109,7 @@ def test_a_sample_without_rows_leaves_no_trace() -> None:
 def test_the_parts_are_not_changed() -> None:
     sample = Sample(rollout=rollout(3, 3), rows={"a": rows([0], width=2)})
     before = replace(sample.rows["a"])
-    make_micro_batches([sample], micro_batch_size=1, pad_id=PAD)
+    make_micro_batches([sample], batching=Batching(size=1), pad_id=PAD)
     assert sample.rows["a"].position.tolist() == before.position.tolist() == [0]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mopd.align.batch import Sample, make_micro_batches
+from mopd.align.batch import Batching, Sample, make_micro_batches
 from mopd.align.boundaries import align_bytes
 from mopd.align.paths import PathOptions
 from mopd.align.payload import PayloadOptions, teacher_rows
@@ -131,7 +131,7 @@ def one_token(prompt: int, probs: np.ndarray, *, before: int = 0) -> MicroBatch:
     longer = replace(rollout, prompt_ids=np.zeros(4, dtype=np.int32))
     samples = [Sample(rollout=longer, rows={})] * before
     samples.append(Sample(rollout=rollout, rows={"t": rows}))
-    (micro,) = make_micro_batches(samples, micro_batch_size=8, pad_id=0)
+    (micro,) = make_micro_batches(samples, batching=Batching(size=8), pad_id=0)
     return micro
 
 

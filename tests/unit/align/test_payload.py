@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mopd.align.batch import Sample, make_micro_batches
+from mopd.align.batch import Batching, Sample, make_micro_batches
 from mopd.align.boundaries import align_bytes
 from mopd.align.fold import fold_rows
 from mopd.align.paths import PathOptions
@@ -133,7 +133,7 @@ def test_the_shift_happens_once_at_collate(prompt: int) -> None:
     )
     rows = rows_of(STUDENT, scores_of(TEACHER), ends_turn=True)
     (micro,) = make_micro_batches(
-        [Sample(rollout=rollout, rows={"t": rows})], micro_batch_size=1, pad_id=0
+        [Sample(rollout=rollout, rows={"t": rows})], batching=Batching(size=1), pad_id=0
     )
     moved = micro.rows["t"]
     # row i predicts token i + 1: the token behind a prediction row is the one it is about

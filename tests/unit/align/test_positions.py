@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from mopd.align.batch import Sample, make_micro_batches
+from mopd.align.batch import Batching, Sample, make_micro_batches
 from mopd.align.paths import PathOptions
 from mopd.align.payload import PayloadOptions
 from mopd.align.positions import canonical_prefix, context_slice, zigzag_positions
@@ -71,7 +71,7 @@ def micro_batch(length: int) -> tuple[TeacherRows, int]:
         )
         rows = problem.rows(problem.listed(8), options)
         samples.append(Sample(rollout=rollout, rows={"t": rows}))
-    (micro,) = make_micro_batches(samples, micro_batch_size=SAMPLES, pad_id=0)
+    (micro,) = make_micro_batches(samples, batching=Batching(size=SAMPLES), pad_id=0)
     return micro.rows["t"], micro.tokens.shape[1]
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mopd.align.batch import Batching
 from mopd.align.payload import PayloadOptions
 from mopd.metrics.span import Spans
 from mopd.runtime.ahead import Ahead
@@ -127,7 +128,7 @@ def run(
         books=books,
         options=FeedOptions(
             objective=objective,
-            micro_batch_size=3,
+            batching=Batching(size=3),
             max_failed_share=1.0,
             sum_over_replicas=lambda counts: counts,
         ),

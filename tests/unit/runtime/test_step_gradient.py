@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopd.align.batch import Sample
+from mopd.align.batch import Batching, Sample
 from mopd.losses.head import DistillationHead, TeacherTerm
 from mopd.losses.vocab import VocabShard
 from mopd.projection import ProjectionShard
@@ -119,7 +119,7 @@ def batches(
             scores=[{} for _ in samples],
             masked=(0.0, 1.0),
             objective=objective,
-            micro_batch_size=micro_batch_size,
+            batching=Batching(size=micro_batch_size),
             pad_id=0,
             sum_over_replicas=add,
         )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mopd.align.batch import Sample
+from mopd.align.batch import Batching, Sample
 from mopd.runtime.collate import Objective, collate
 from mopd.runtime.weights import (
     Normalizer,
@@ -244,7 +244,7 @@ def run(samples, objective, sums, *, read=False) -> list[float]:
         scores=[{} for _ in samples],
         masked=(0.0, 1.0),
         objective=objective,
-        micro_batch_size=8,
+        batching=Batching(size=8),
         pad_id=0,
         sum_over_replicas=add,
     )

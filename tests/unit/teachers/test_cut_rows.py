@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mopd.align.batch import Batching
 from mopd.align.payload import PayloadOptions
 from mopd.demo import World
 from mopd.runtime.aligner import Aligner, AlignOptions, Tally
@@ -211,7 +212,7 @@ def test_samples_of_several_widths_make_one_batch(
         scores=scores,
         masked=tally.metrics()["masked"],
         objective=objective,
-        micro_batch_size=4,
+        batching=Batching(size=4),
         pad_id=student.pad_id,
         sum_over_replicas=lambda array: array,
     )
