@@ -60,10 +60,11 @@ class RolloutBackendSection(RemoteSection):
     """Who samples.
 
     `hf`: in-process transformers. `vllm`: servers, or with `mode: colocate` vLLM in this process.
-    `replay`: reads the journal of another run at `path`.
+    `replay`: reads the journal of another run at `path`. `dataset`: nobody, answers come with the
+    data (off-policy).
     """
 
-    type: Literal["hf", "vllm", "replay", "custom"] = "hf"
+    type: Literal["hf", "vllm", "replay", "dataset", "custom"] = "hf"
     mode: Literal["server", "colocate"] = "server"  # of vllm
     path: str | None = None  # the run that `replay` reads
     target: str | None = None  # package.module:Name, for `custom`

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
+from mopd.config.check_evaluate import check_evaluate
 from mopd.config.check_losses import check_losses
 from mopd.config.check_rollout import check_rollout
 from mopd.config.check_servers import (
@@ -17,6 +18,7 @@ from mopd.config.check_servers import (
     is_started,
     unread,
 )
+from mopd.config.data_files import check_data, check_data_path
 from mopd.config.keys import printable
 from mopd.config.model_shape import check_layout, read_model_config
 from mopd.config.schema import RunConfig
@@ -42,7 +44,9 @@ def check_config(config: RunConfig, *, world_size: int) -> None:
         check_rollout(config, world_size=world_size),
         check_losses(config),
         _schedule(config),
+        check_evaluate(config),
         _paths(config),
+        check_data(config),
         _sizes(config, world_size),
     )
     problem = next(problems, None)
@@ -139,10 +143,8 @@ def _paths(config: RunConfig) -> Iterator[str]:
             yield from _file(f"{key}.projection_matrix_path", teacher.projection_matrix_path)
     if config.data.path is None:
         yield f"data.path: is not set; set it, {FILL_IN}"
-    else:
-        yield from _file("data.path", config.data.path)
-    if config.data.heldout_path is not None:
-        yield from _file("data.heldout_path", config.data.heldout_path)
+    yield from check_data_path("data.path", config.data.path)
+    yield from check_data_path("data.heldout_path", config.data.heldout_path)
     if config.rollout.backend.path is not None and not Path(config.rollout.backend.path).exists():
         yield f"rollout.backend.path: {config.rollout.backend.path} does not exist; correct it"
 

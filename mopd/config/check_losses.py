@@ -27,6 +27,16 @@ def check_losses(config: RunConfig) -> Iterator[str]:
         yield from _ctkd(config)
     if "opd" in used:
         yield from _opd(config)
+        if config.rollout.backend.type == "dataset":
+            yield (
+                "rollout.backend.type=dataset: opd needs the sampler's log-probabilities, which "
+                "answers from the data do not have; set another type, or another loss"
+            )
+        if config.data.validation_path is not None:
+            yield (
+                "data.validation_path: opd needs the sampler's log-probabilities, which its rows "
+                "do not have; leave it out, or set another loss"
+            )
         if config.rollout.lmbda < 1.0:
             yield (
                 "rollout.lmbda: opd needs the sampler's log-probabilities, which other answers do "

@@ -24,6 +24,8 @@ def check_rollout(config: RunConfig, *, world_size: int) -> Iterator[str]:
     if len(set(rollout.stop_token_ids)) < len(rollout.stop_token_ids):
         yield "rollout.stop_token_ids: lists a token twice; give each once"
     yield from _authors(config)
+    if backend.type == "dataset":
+        yield from _dataset(config)
     if backend.type == "custom":
         yield from unread(prefix, backend, ("batch_size",), "type=hf, vllm or replay")
     if backend.type != "vllm":
@@ -54,12 +56,32 @@ def _servers(backend: RolloutBackendSection, prefix: str) -> Iterator[str]:
         yield f"{prefix}.sync_dir: is only read by weight_sync=files; leave it out"
 
 
+def _dataset(config: RunConfig) -> Iterator[str]:
+    """Keys of sampling that contradict answers from the data."""
+    rollout = config.rollout
+    if 0.0 < rollout.lmbda < 1.0:
+        yield (
+            f"rollout.lmbda={rollout.lmbda:g}: with rollout.backend.type=dataset no answer is "
+            "sampled; leave it out, or set type=hf for a mix"
+        )
+    if rollout.off_policy != "dataset":
+        yield (
+            f"rollout.off_policy={rollout.off_policy}: rollout.backend.type=dataset takes answers "
+            "from the data; set type=hf with lmbda=0 for answers of teachers"
+        )
+    if rollout.num_generations_per_prompt > 1:
+        yield (
+            f"rollout.num_generations_per_prompt={rollout.num_generations_per_prompt}: the data "
+            "has one answer a row; set 1, or another rollout.backend.type"
+        )
+
+
 def _authors(config: RunConfig) -> Iterator[str]:
     """What can be told without the data: no teacher at all is of a type that writes."""
     rollout = config.rollout
     if rollout.lmbda >= 1.0 or rollout.off_policy != "teacher":
         return
-    if rollout.backend.type == "replay":  # it has their answers
+    if rollout.backend.type in ("replay", "dataset"):  # they have the answers
         return
     if not any(t.backend.type in WRITERS for t in config.teachers.values() if t.weight > 0):
         yield (

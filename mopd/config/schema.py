@@ -271,19 +271,33 @@ class RolloutSection(Section):
 
 
 class DataSection(Section):
-    """JSONL of chat `messages`, an optional checkable `answer`, an `id` and a routing field."""
+    """Rows: chat messages, an optional checkable answer, an `id` and a routing field.
+
+    Each path is JSONL, Parquet or Arrow: a file, a directory, or a pattern as in data/*.parquet.
+    """
 
     path: str | None = None
-    heldout_path: str | None = None
+    heldout_path: str | None = None  # prompts that the student answers in an evaluation
+    validation_path: str | None = None  # rows with answers, for a validation loss
+    messages_key: str = "messages"  # list of objects with `role` and `content`
+    prompt_key: str | None = None  # a text that becomes one user message, instead of messages
+    response_key: str = "response"  # the answer to train on, where answers come from the data
+    answer_key: str = "answer"  # the checkable answer, for accuracy
+    train_on: Literal["last", "all"] = "last"  # which assistant turns of messages are answers
 
 
 class EvaluateSection(Section):
-    """Greedy accuracy on the held-out rows, before and after, and every ``interval`` steps."""
+    """Held-out accuracy and validation loss before and after, and every ``interval`` steps.
+
+    With an ``interval`` the divergence of the teachers on held-out answers is measured as well.
+    """
 
     interval: PositiveInt | None = None  # steps between two evaluations; None: only the two
-    metric: Literal["accuracy", "kl"] = "accuracy"  # what `keep_best` and `patience` go by
+    # what `keep_best` and `patience` go by; loss: on data.validation_path
+    metric: Literal["accuracy", "kl", "loss"] = "accuracy"
     patience: PositiveInt | None = None  # evaluations without a better one that end the run
-    max_prompts_per_domain: PositiveInt = 512
+    max_prompts_per_domain: PositiveInt = 512  # of validation rows as well
+    kl_prompts_per_domain: NonNegativeInt = 32  # held-out answers that teachers judge; 0: none
     teachers: bool = True  # also measure each teacher on its domains, for the headroom
     fail_if_not_learned: bool = True
 

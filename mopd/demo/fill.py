@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mopd.config.check_servers import STARTED_TYPES
+from mopd.config.data_files import find_files
 from mopd.config.load import RECIPES
 from mopd.demo.build import ensure_peer, ensure_world
 from mopd.demo.spec import PEER, TEACHERS, World, WorldSpec
@@ -52,6 +53,8 @@ class WorldFill:
             layers.append(OmegaConf.create({"student": {"model": str(world.student)}}))
         if "data.path" in open_keys:
             paths = {"path": str(world.data), "heldout_path": str(world.heldout)}
+            if OmegaConf.select(recipe, "rollout.backend.type") == "dataset":
+                paths["validation_path"] = str(world.selection)
             layers.append(OmegaConf.create({"data": paths}))
         teachers = {
             name: self._teacher(world, name)
@@ -86,7 +89,7 @@ def _refuse_missing(recipe: DictConfig) -> None:
     for name, teacher in (OmegaConf.select(recipe, "teachers") or {}).items():
         given[f"teachers.{name}.model"] = teacher.get("model")
     for key, path in given.items():
-        if path is not None and not Path(str(path)).exists():
+        if path is not None and not find_files(str(path)) and not Path(str(path)).is_dir():
             raise ConfigError(f"{key}: {path} does not exist")
 
 

@@ -35,7 +35,12 @@ class ConsoleSink:
             self._task = self._progress.add_task("", total=num_steps)
 
     def log(self, step: int, line: StepLine) -> None:
-        """`step` counts from 0; the person sees how many are done."""
+        """`step` counts from 0; the person sees how many are done.
+
+        The line of an evaluation is left to `note`.
+        """
+        if line and all(key.startswith("eval/") for key in line):
+            return
         done = step + 1
         shown = " ".join(_fields(line))
         if self._progress is not None:

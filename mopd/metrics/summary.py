@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Summary:
     """``chunks``: per teacher, counts of chunks and of student tokens by chunk type.
 
     ``seconds``: wall time over all starts; ``learned`` None where nothing could be checked.
+    ``evaluations``: each with its ``step`` and its metrics; ``best_step`` by `evaluate.metric`;
+    ``stopped_early``: the step at which `evaluate.patience` ended the run.
     """
 
     steps: int
@@ -52,6 +54,9 @@ class Summary:
     answers: Mapping[str, Any] = field(default_factory=dict)  # issued, trained, dropped, in flight
     learned: bool | None = None
     world: str | None = None
+    evaluations: Sequence[Mapping[str, float]] = ()
+    best_step: int | None = None
+    stopped_early: int | None = None
 
 
 def chunk_shares(counts: Mapping[str, float]) -> dict[str, float]:
@@ -84,6 +89,9 @@ def write_summary(path: Path, summary: Summary) -> None:
             "learned": summary.learned,
             "answers": summary.answers,
             "domains": domains,
+            "evaluations": summary.evaluations,
+            "best_step": summary.best_step,
+            "stopped_early": summary.stopped_early,
             "chunks": {name: chunk_shares(counts) for name, counts in summary.chunks.items()},
             "chunks_of_all_teachers": chunk_shares(_added(summary.chunks.values())),
         }
@@ -117,6 +125,13 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         issued = summary.answers["issued"]
         console.print(Text(printable(f"{issued} answers, not trained on: {reasons}")))
+    if summary.best_step is not None:
+        console.print(f"best evaluation: after {summary.best_step} steps")
+    if summary.stopped_early is not None:
+        console.print(
+            f"stopped early after {summary.stopped_early} steps: no better evaluation for "
+            "evaluate.patience of them"
+        )
     console.print(f"{summary.steps} steps in {summary.seconds:.0f} s")
 
 

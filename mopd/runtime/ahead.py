@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from mopd.runtime.gather import Gathered, Gatherer
 
@@ -27,6 +28,7 @@ class Ahead:
         self._error: BaseException | None = None
         self._closing = False
         self._changed = threading.Condition()
+        self._working = threading.Lock()  # held by the thread for a step, and by `paused`
         self._thread: threading.Thread | None = None
 
     def start(self, step: int) -> None:
@@ -60,6 +62,12 @@ class Ahead:
             self._version = version
             self._changed.notify_all()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The thread asks neither sampler nor teachers within; a step that it began ends first."""
+        with self._working:
+            yield
+
     def close(self) -> None:
         """Ends the thread after the step that it samples or scores, if that takes no 5 s."""
         with self._changed:
@@ -84,11 +92,12 @@ class Ahead:
                         self._changed.wait(timeout=1.0)
                     if self._closing:
                         return
-                rollouts = self._gatherer.sample(step, version=version)
-                with self._changed:
-                    self._sampled = step + 1
-                    self._changed.notify_all()
-                gathered = self._gatherer.score(step, rollouts)
+                with self._working:
+                    rollouts = self._gatherer.sample(step, version=version)
+                    with self._changed:
+                        self._sampled = step + 1
+                        self._changed.notify_all()
+                    gathered = self._gatherer.score(step, rollouts)
                 with self._changed:
                     self._ready.append(gathered)
                     self._changed.notify_all()

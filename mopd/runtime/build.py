@@ -21,8 +21,9 @@ from mopd.losses.vocab import VocabShard
 from mopd.metrics.span import Spans
 from mopd.projection import ProjectionStore
 from mopd.rollout.base import Sampler
-from mopd.runtime.build_feed import build_feed
-from mopd.runtime.data import Router, check_chats, read_prompts
+from mopd.runtime.build_feed import build_eval_feed, build_feed
+from mopd.runtime.data import Router, check_answers, check_chats, read_prompts
+from mopd.runtime.eval_feed import EvalFeed
 from mopd.runtime.feed import Feed
 from mopd.runtime.learned import learned_companions
 from mopd.runtime.objective import teacher_terms
@@ -49,7 +50,8 @@ SMALL_HIDDEN_SIZE = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Everything the loop needs. ``sampler``, ``pool`` and ``feed`` exist on lead ranks only.
+    """Everything the loop needs. ``sampler``, ``pool``, ``feed`` and ``eval_feed`` exist on lead
+    ranks only, and ``sampler`` only where somebody asks it.
 
     ``finished`` is called after every step and every domain of an evaluation.
     """
@@ -63,7 +65,9 @@ class Run:
     sampler: Sampler | None
     pool: TeacherPool | None
     feed: Feed | None
+    eval_feed: EvalFeed | None
     heldout: list[Prompt]
+    validation: list[Prompt]
     spans: Spans
     servers: Servers
     finished: Callable[[], None] = lambda: None
@@ -94,11 +98,10 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
     torch.set_num_threads(config.run.threads or _threads_per_rank(config))
     router = Router(config.teachers, config.distillation)
     assert config.data.path is not None and config.student.model is not None
-    prompts = _read(config, config.data.path, router)
-    heldout = _read(config, config.data.heldout_path, router) if config.data.heldout_path else []
+    data = _read_data(config, router)
     tokenizers = _load_tokenizers(config)
     _check_tokenizers(config, tokenizers)
-    for key, rows in (("data.path", prompts), ("data.heldout_path", heldout)):
+    for key, rows in data.items():
         check_chats(
             key, rows, config=config, student=tokenizers.student, teachers=tokenizers.teachers
         )
@@ -112,11 +115,12 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
     model = build_student(config.student, topology=topology)
     student = _student(config, model, tokenizers, found)
     config = servers.reach()
-    sampler = pool = feed = None
+    sampler = pool = feed = eval_feed = None
     spans = Spans()
     if topology.is_lead:
         sampler = build_sampler(config, tokenizers.student, topology, directory=directory)
-        opened.callback(sampler.close)
+        if sampler is not None:
+            opened.callback(sampler.close)
         pool = build_pool(
             config, tokenizers.teachers, student=tokenizers.student, device=topology.device
         )
@@ -124,11 +128,20 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
         feed = build_feed(
             config,
             found,
-            prompts=prompts,
+            prompts=data["data.path"],
             sampler=sampler,
             pool=pool,
             tokenizers=(tokenizers.student, tokenizers.teachers),
             run=(topology, spans, directory),
+        )
+        eval_feed = build_eval_feed(
+            config,
+            found,
+            prompts=[*data["data.heldout_path"], *data["data.validation_path"]],
+            sampler=sampler,
+            pool=pool,
+            tokenizers=(tokenizers.student, tokenizers.teachers),
+            topology=topology,
         )
     return Run(
         config=config,
@@ -140,7 +153,9 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
         sampler=sampler,
         pool=pool,
         feed=feed,
-        heldout=heldout,
+        eval_feed=eval_feed,
+        heldout=data["data.heldout_path"],
+        validation=data["data.validation_path"],
         spans=spans,
         servers=servers,
     )
@@ -160,8 +175,32 @@ def _threads_per_rank(config: RunConfig) -> int:
     return max(1, (os.cpu_count() or 1) // local_world)
 
 
-def _read(config: RunConfig, path: str, router: Router) -> list[Prompt]:
-    return read_prompts(Path(path), router=router, teacher_key=config.distillation.teacher_key)
+def _read_data(config: RunConfig, router: Router) -> dict[str, list[Prompt]]:
+    """Rows by the key of their path; none where it is not set."""
+    from_data = config.rollout.backend.type == "dataset"
+    mixed = config.rollout.lmbda < 1.0 and config.rollout.off_policy == "dataset"
+    answered = {
+        "data.path": from_data or mixed,
+        "data.heldout_path": False,
+        "data.validation_path": True,
+    }
+    required = ["data.validation_path", *(["data.path"] if from_data else [])]
+    found: dict[str, list[Prompt]] = {}
+    for key, has_answers in answered.items():
+        path = getattr(config.data, key.removeprefix("data."))
+        found[key] = []
+        if path is not None:
+            found[key] = read_prompts(
+                path,
+                router=router,
+                teacher_key=config.distillation.teacher_key,
+                data=config.data,
+                answered=has_answers,
+                cache=Path(config.cache_dir) / "datasets",
+            )
+        if key in required:
+            check_answers(key, found[key], data=config.data)
+    return found
 
 
 def _load_tokenizers(config: RunConfig) -> _Tokenizers:

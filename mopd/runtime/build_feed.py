@@ -15,10 +15,11 @@ from mopd.runtime.ahead import Ahead
 from mopd.runtime.aligner import Aligner, AlignOptions
 from mopd.runtime.collate import Objective
 from mopd.runtime.data import PromptSource
+from mopd.runtime.eval_feed import EvalFeed, EvalOptions
 from mopd.runtime.feed import Books, Feed, FeedOptions
 from mopd.runtime.gather import Gatherer, GatherOptions
 from mopd.runtime.ledger import Ledger
-from mopd.runtime.objective import step_objective
+from mopd.runtime.objective import loss_balance, step_objective
 from mopd.runtime.payloads import Pair, payload_options
 from mopd.runtime.replica import max_over_leads, sum_over_leads
 from mopd.runtime.teachers import context_warnings
@@ -36,7 +37,7 @@ def build_feed(
     found: Mapping[str, Pair],
     *,
     prompts: Sequence[Prompt],
-    sampler: Sampler,
+    sampler: Sampler | None,
     pool: TeacherPool,
     tokenizers: tuple[ChatTokenizer, Mapping[str, ChatTokenizer]],
     run: tuple[Topology, Spans, Path],
@@ -77,15 +78,49 @@ def build_feed(
         books=books,
         options=FeedOptions(
             objective=objective,
-            batching=Batching(
-                size=config.train.micro_batch_size,
-                max_tokens=config.train.max_tokens_per_micro_batch,
-                packing=config.train.packing,
-            ),
+            batching=_batching(config),
             max_failed_share=config.distillation.max_failed_share,
             sum_over_replicas=lambda values: sum_over_leads(topology, values),
         ),
         spans=spans,
+    )
+
+
+def build_eval_feed(
+    config: RunConfig,
+    found: Mapping[str, Pair],
+    *,
+    prompts: Sequence[Prompt],
+    sampler: Sampler | None,
+    pool: TeacherPool,
+    tokenizers: tuple[ChatTokenizer, Mapping[str, ChatTokenizer]],
+    topology: Topology,
+) -> EvalFeed:
+    """For the losses of held-out ``prompts``; the recipe's scales, without their running means."""
+    objective = step_objective(config, (prompt.domain for prompt in prompts))
+    return EvalFeed(
+        sampler=sampler,
+        pool=pool,
+        student=tokenizers[0],
+        aligner=_aligner(config, found, tokenizers, objective, topology),
+        objective=objective,
+        options=EvalOptions(
+            dp_rank=topology.dp_rank,
+            dp_size=topology.dp_size,
+            batching=_batching(config),
+            max_new_tokens=config.rollout.max_new_tokens,
+            mask_truncated=config.rollout.mask_truncated_completions,
+            scales=loss_balance(config).scales(),
+            sum_over_replicas=lambda values: sum_over_leads(topology, values),
+        ),
+    )
+
+
+def _batching(config: RunConfig) -> Batching:
+    return Batching(
+        size=config.train.micro_batch_size,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        packing=config.train.packing,
     )
 
 
@@ -112,7 +147,7 @@ def _gather_options(config: RunConfig, topology: Topology) -> GatherOptions:
         seed=config.run.seed,
         temperature=rollout.temperature,
         max_staleness=rollout.max_staleness,
-        lmbda=rollout.lmbda,
+        lmbda=0.0 if rollout.backend.type == "dataset" else rollout.lmbda,
         off_policy=rollout.off_policy,
         mask_truncated=rollout.mask_truncated_completions,
         replays=rollout.backend.type == "replay",
@@ -152,7 +187,7 @@ def _aligner(
 
 
 def _check_responses(config: RunConfig, prompts: Sequence[Prompt], pool: TeacherPool) -> None:
-    if config.rollout.lmbda >= 1.0 or config.rollout.backend.type == "replay":
+    if config.rollout.lmbda >= 1.0 or config.rollout.backend.type in ("replay", "dataset"):
         return
     from_data = config.rollout.off_policy == "dataset"
     writers = {name for name, teacher in pool.teachers.items() if isinstance(teacher, Writer)}

@@ -1,21 +1,22 @@
-"""Prompts from JSONL, routed to teachers, and drawn in an order that depends on the seed alone."""
+"""Prompts from data files, routed to teachers, drawn in an order that only the seed decides."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mopd.config.schema import DistillationSection, RunConfig, TeacherSection
+from mopd.config.schema import DataSection, DistillationSection, RunConfig, TeacherSection
 from mopd.errors import ConfigError
 from mopd.runtime.payloads import active_teachers
+from mopd.runtime.rows import Row, read_rows
+from mopd.runtime.turns import turns
 from mopd.teachers.base import teacher_messages
 from mopd.tokens.chat import ChatTokenizer
-from mopd.types import Prompt
+from mopd.types import Message, Prompt
 
 
 class Router:
@@ -50,7 +51,13 @@ class Router:
             )
         return names
 
-    def private(self, row: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, str]:
+    def private(
+        self,
+        row: Mapping[str, Any],
+        messages: Sequence[Message],
+        names: Sequence[str],
+        where: str,
+    ) -> dict[str, str]:
         """Fields of a row that its teachers ``names`` alone may read."""
         found: dict[str, str] = {}
         for name in names:
@@ -64,7 +71,7 @@ class Router:
                     )
                 found[section.field] = value
             spoken = section.field is not None or section.prefix is not None
-            if spoken and not any(message["role"] == "user" for message in row["messages"]):
+            if spoken and not any(message["role"] == "user" for message in messages):
                 raise ConfigError(
                     f"{where}: no user message, and teachers.{name}.privileged puts a text before "
                     "it; add one, or use privileged.system"
@@ -89,45 +96,79 @@ class Router:
         return value
 
 
-def read_prompts(path: Path, *, router: Router, teacher_key: str) -> list[Prompt]:
-    """Every row of a JSONL file as a `Prompt`.
+def read_prompts(
+    path: Path | str,
+    *,
+    router: Router,
+    teacher_key: str,
+    data: DataSection | None = None,
+    answered: bool = False,
+    cache: Path | None = None,
+) -> list[Prompt]:
+    """Every row of the data files at ``path`` as a `Prompt`, or several (`mopd.runtime.turns`).
 
     A row has ``messages`` (role and content), and optionally ``id``, ``answer``, ``response`` (an
     answer for off-policy training), ``top_k``, the routing field and what teachers'
-    ``privileged.field`` names. Rows without an id are named by file and line.
+    ``privileged.field`` names. Rows without an id are named by file and line. The rows of a mapped
+    file are not copied; what is kept of each is its `Prompt`.
 
+    Args:
+        data: names the fields; None takes the usual names.
+        answered: answers come with the rows, as their ``response`` or last message.
+        cache: see `read_rows`.
     Raises:
         ConfigError: with file and line, what is wrong and what was expected.
     """
+    data = data or DataSection()
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        row = _parse(line, where)
-        prompt_id = str(row.get("id", f"{path.stem}-{number}"))
-        if prompt_id in seen:
-            raise ConfigError(f"{where}: id {prompt_id!r} is used twice; ids must be unique")
-        seen.add(prompt_id)
-        domain = str(row.get(teacher_key, "default"))
-        answer = row.get("answer")
-        messages, teachers = _messages(row, where), router.route(domain, where)
-        prompt = Prompt(
-            id=prompt_id,
-            messages=messages,
-            domain=domain,
-            answer=None if answer is None else str(answer),
-            teachers=teachers,
-            top_k=router.top_k(row, where),
-            response=_response(row, where),
-            private=router.private(row, teachers, where),
-        )
-        _check_characters(prompt, where, teacher_key)
-        prompts.append(prompt)
+    columns = (data.prompt_key or data.messages_key,)
+    for row in read_rows(str(path), columns=columns, cache=cache):
+        for prompt in _prompts(row, router, teacher_key, data, answered=answered):
+            if prompt.id in seen:
+                raise ConfigError(
+                    f"{row.where}: id {prompt.id!r} is used twice; ids must be unique"
+                )
+            seen.add(prompt.id)
+            _check_characters(prompt, row.where, teacher_key)
+            prompts.append(prompt)
     if not prompts:
         raise ConfigError(f"{path}: no rows; one JSON object a line with 'messages' is expected")
     return prompts
+
+
+def _prompts(
+    row: Row, router: Router, teacher_key: str, data: DataSection, *, answered: bool
+) -> Iterator[Prompt]:
+    values, where = row.values, row.where
+    name = values.get("id")
+    domain = values.get(teacher_key)
+    domain = "default" if domain is None else str(domain)
+    answer = values.get(data.answer_key)
+    found = turns(values, where, data=data, answered=answered)
+    teachers = router.route(domain, where)
+    for turn in found:
+        prompt_id = row.name if name is None else str(name)
+        yield Prompt(
+            id=prompt_id if turn.number is None else f"{prompt_id}#{turn.number}",
+            messages=turn.messages,
+            domain=domain,
+            answer=None if answer is None or not turn.is_last else str(answer),
+            teachers=teachers,
+            top_k=router.top_k(values, where),
+            response=turn.response,
+            private=router.private(values, turn.messages, teachers, where),
+        )
+
+
+def check_answers(key: str, prompts: Sequence[Prompt], *, data: DataSection) -> None:
+    """Raises ConfigError at the first of rows that must have an answer and have none."""
+    for prompt in prompts:
+        if not prompt.response:
+            fields = f"{data.response_key!r} (data.response_key)"
+            if data.prompt_key is None:
+                fields += f" or a last message of the assistant in {data.messages_key!r}"
+            raise ConfigError(f"{key}: row {prompt.id} has no answer to train on; give it {fields}")
 
 
 def check_chats(
@@ -170,17 +211,6 @@ def check_chats(
                 raise ConfigError(f"{key}: row {prompt.id}: {reader}: {error}") from error
 
 
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8"
-        ) from None
-
-
 def _check_characters(prompt: Prompt, where: str, teacher_key: str) -> None:
     texts = {
         "id": (prompt.id,),
@@ -199,38 +229,6 @@ def _check_characters(prompt: Prompt, where: str, teacher_key: str) -> None:
                 f"{where}: {name!r} holds half a character (\\u{code:04x}), which no tokenizer "
                 "reads; write the whole one, or take it out"
             ) from None
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also of numbers too long, and of too deep
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise ConfigError(f"{where}: not JSON ({reason}); one object a line is expected") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where}: a JSON object with 'messages' is expected")
-    return row
-
-
-def _response(row: dict[str, Any], where: str) -> str | None:
-    response = row.get("response")
-    if response is not None and not isinstance(response, str):
-        raise ConfigError(f"{where}: 'response' must be a string, the answer to train on")
-    return response
-
-
-def _messages(row: dict[str, Any], where: str) -> tuple[dict[str, str], ...]:
-    messages = row.get("messages")
-    good = isinstance(messages, list) and messages
-    if not good or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages or ()
-    ):
-        raise ConfigError(
-            f"{where}: 'messages' must be a list of objects with 'role' and 'content' strings"
-        )
-    assert messages is not None
-    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
 class PromptSource:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
@@ -23,6 +24,19 @@ def by_domain(prompts: Sequence[Prompt], limit: int) -> dict[str, list[Prompt]]:
         if prompt.answer is not None:
             domains.setdefault(prompt.domain, []).append(prompt)
     return {name: domains[name][:limit] for name in sorted(domains)}
+
+
+def batches_of(prompts: Sequence[Prompt], *, per_domain: int, size: int) -> list[list[Prompt]]:
+    """The first ``per_domain`` prompts of each domain, checkable or not, in batches of ``size``.
+
+    Domains take turns, so that batches have about equal shares of them.
+    """
+    domains: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        domains.setdefault(prompt.domain, []).append(prompt)
+    rounds = zip_longest(*(domains[name][:per_domain] for name in sorted(domains)))
+    mixed = [prompt for turn in rounds for prompt in turn if prompt is not None]
+    return [mixed[i : i + size] for i in range(0, len(mixed), size)]
 
 
 def student_scores(

@@ -138,10 +138,10 @@ class Feed:
         domain = rollout.prompt.domain
         tally.add("on_policy", float(rollout.source == "student"))
         tally.add("response_length", len(rollout.token_ids))
+        tally.add("truncated", float(rollout.finish_reason == "length"))
         if rollout.source != "student":
             return
         tally.add("staleness", step - rollout.policy_version)
-        tally.add("truncated", float(rollout.finish_reason == "length"))
         canonical = float(is_canonical(rollout, self._student))
         tally.add("canonical", canonical)
         tally.add(f"canonical/{domain}", canonical)

@@ -57,14 +57,15 @@ class Gathered:
 class Gatherer:
     """`sample` and `score` are the two halves of a step; what they return is durable.
 
-    After a restart both give back what the journals hold of the step.
+    After a restart both give back what the journals hold of the step. Without a sampler all
+    answers come with the data.
     """
 
     def __init__(
         self,
         *,
         source: PromptSource,
-        sampler: Sampler,
+        sampler: Sampler | None,
         pool: TeacherPool,
         student: ChatTokenizer,
         journal: Journal,
@@ -108,7 +109,7 @@ class Gatherer:
             with self._spans("teachers"):
                 found = self._pool.score(asked)
             difference = self._replies.compare(step, asked, found)
-            troubles = self._troubles()
+            troubles = drain_troubles(self._pool, self._sampler)
             missing = {name: n for name, n in troubles.items() if name.startswith("missing/")}
             replies = Replies(scores=found, missing=missing)
             with self._spans("journal"):
@@ -125,14 +126,6 @@ class Gatherer:
             times=self._spans.drain(),
             troubles=troubles | replies.missing,
         )
-
-    def _troubles(self) -> dict[str, int]:
-        """What went wrong at teachers and samplers since the last step."""
-        found = self._pool.troubles()
-        if isinstance(self._sampler, Counting):
-            for kind, counts in self._sampler.drain().items():
-                found |= {f"{kind}/rollout/{reason}": count for reason, count in counts.items()}
-        return found
 
     def _share(self, prompts: list[Prompt]) -> list[Prompt]:
         """A contiguous part: prompts alternate between domains, so each replica has them all."""
@@ -162,13 +155,19 @@ class Gatherer:
         ]
         asked = [prompt for prompt, student in zip(prompts, own, strict=True) if student]
         others = [prompt for prompt, student in zip(prompts, own, strict=True) if not student]
-        sampled = deque(self._sampler.generate(asked, step=step, version=version) if asked else ())
+        sampled = deque(self._sampled(asked, step, version))
         written = deque(self._write(others, step, version))
         return [
             (sampled if student else written).popleft()
             for student in own
             for _ in range(options.num_generations)
         ]
+
+    def _sampled(self, prompts: Sequence[Prompt], step: int, version: int) -> list[Rollout]:
+        if not prompts:
+            return []
+        assert self._sampler is not None, "answers come from the data, and a prompt was sampled"
+        return self._sampler.generate(prompts, step=step, version=version)
 
     def _write(self, prompts: Sequence[Prompt], step: int, version: int) -> list[Rollout]:
         """Off-policy answers, ``num_generations`` of each prompt."""
@@ -238,3 +237,12 @@ class Gatherer:
         if self._options.mask_truncated and rollout.finish_reason == "length":
             return "truncated"
         return None if rollout.loss_mask.any() else "empty"
+
+
+def drain_troubles(pool: TeacherPool, sampler: Sampler | None) -> dict[str, int]:
+    """What went wrong at teachers and samplers since the last call: kind/who/why -> number."""
+    found = pool.troubles()
+    if isinstance(sampler, Counting):
+        for kind, counts in sampler.drain().items():
+            found |= {f"{kind}/rollout/{reason}": count for reason, count in counts.items()}
+    return found

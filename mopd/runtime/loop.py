@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mopd.config.schema import RunConfig
 from mopd.errors import DidNotLearnError, MopdError
 from mopd.losses.balance import Balance
 from mopd.losses.cross_entropy import CROSS_ENTROPY
@@ -16,13 +17,14 @@ from mopd.metrics.sinks import Sink
 from mopd.metrics.summary import Summary
 from mopd.rollout import sync
 from mopd.runtime.build import Run
-from mopd.runtime.evaluate import (
-    Scores,
-    by_domain,
-    has_learned,
-    results,
-    student_scores,
-    teacher_scores,
+from mopd.runtime.evaluate import Scores, has_learned, results
+from mopd.runtime.evaluation import (
+    Evaluation,
+    best,
+    evaluate,
+    evaluate_teachers,
+    is_due,
+    patience_is_over,
 )
 from mopd.runtime.learned import save_learned_projections
 from mopd.runtime.ledger import added
@@ -45,6 +47,7 @@ class State:
 
     step: int = 0
     before: Scores = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     teachers: dict[str, float | None] = field(default_factory=dict)
     chunks: dict[str, dict[str, float]] = field(default_factory=dict)
     balance: dict[str, float | None] = field(default_factory=dict)
@@ -67,13 +70,15 @@ def train(run: Run, sink: Sink) -> Summary:
     config, seconds_before = run.config, state.seconds
     text = probe_ids(run.tokenizer)
     _push(run, state.step, text)
-    if not state.before and run.heldout:
+    if not state.evaluations and (run.heldout or run.validation):
         sink.note("measuring the student and its teachers on the held-out prompts")
-        state.before = _evaluate(run)
-        state.teachers = _evaluate_teachers(run)
+        state.before = _evaluate(run, sink, state).scores
+        state.teachers = evaluate_teachers(run)
     if run.feed is not None:
         run.feed.ahead.start(state.step)
     for step in range(state.step, config.train.steps):
+        if patience_is_over(config, _evaluations(state)):
+            break
         began = time.perf_counter()
         batch = from_lead(run.topology, run.feed.take(step) if run.feed else None)
         batch = _balanced(run, state, batch)
@@ -87,19 +92,22 @@ def train(run: Run, sink: Sink) -> Summary:
         state.step = step + 1
         log_step(run, sink, batch, result, seconds=time.perf_counter() - began, probe=distance)
         _stop_if_stuck(state, batch, result)
+        found = _evaluate(run, sink, state) if is_due(config, state.step) else None
         state.seconds = seconds_before + time.perf_counter() - started
-        if state.step % config.checkpoint.save_interval == 0 or state.step == config.train.steps:
-            _save(run, state)
+        if _save_is_due(config, state, evaluated=found is not None):
+            _save(run, state, score=found.score(config.evaluate.metric) if found else None)
         run.finished()
-    return _finish(run, state, seconds=seconds_before + time.perf_counter() - started)
+    return _finish(run, sink, state, started=started, seconds_before=seconds_before)
 
 
 def _push(run: Run, version: int, text: np.ndarray) -> float | None:
     """How far the engines are from the student on ``text`` [L], where there are engines."""
     if run.feed is not None:
         run.feed.ahead.before_push(version)
-    sync.push(iter_hf_weights(run.student.model), run.sampler, version=version)
-    distance = _probe(run, text)
+    distance = None
+    if run.config.rollout.backend.type != "dataset":
+        sync.push(iter_hf_weights(run.student.model), run.sampler, version=version)
+        distance = _probe(run, text)
     if run.feed is not None:
         run.feed.ahead.after_push(version)
     return distance
@@ -135,7 +143,31 @@ def _resume(run: Run, sink: Sink) -> State:
     return state
 
 
-def _save(run: Run, state: State) -> None:
+def _evaluations(state: State) -> list[Evaluation]:
+    return [Evaluation.from_json(one) for one in state.evaluations]
+
+
+def _evaluate(run: Run, sink: Sink, state: State) -> Evaluation:
+    """With the weights after ``state.step`` steps; part of the state from then on."""
+    with run.spans("evaluate"):
+        found = evaluate(run, state.step)
+    state.evaluations.append(found.to_json())
+    if run.config.evaluate.interval is not None and state.step > 0:
+        sink.log(state.step - 1, found.line)  # beside the line of the step that it follows
+    if found.line:
+        sink.note(found.describe())
+    return found
+
+
+def _save_is_due(config: RunConfig, state: State, *, evaluated: bool) -> bool:
+    last = state.step == config.train.steps or patience_is_over(config, _evaluations(state))
+    candidate = evaluated and config.checkpoint.keep_best > 0
+    return last or candidate or state.step % config.checkpoint.save_interval == 0
+
+
+def _save(run: Run, state: State, *, score: float | None = None) -> None:
+    """``score`` is that of an evaluation of these very weights, the higher the better."""
+    del score  # the one place where it is handed on: `Saver.save(state, score=score)`
     state.chunks = _chunks(run)
     state.ledger = _ledger(run)
     checkpoint.save(
@@ -209,56 +241,39 @@ def _rebalance(run: Run, state: State, batch: StepBatch, result: StepResult) -> 
         return
     every = {**static_weights(run.config), **batch.weights}
     weights = {name: w for name, w in every.items() if batch.denominators.get(name, 0.0) > 0}
-    distilled = sum(w * mean_of(f"loss/{name}", result, batch) for name, w in weights.items())
+    distilled = sum(
+        w * mean_of(f"loss/{name}", result.metrics, batch)[0] for name, w in weights.items()
+    )
     distilled /= sum(weights.values()) or 1.0
-    crossed = mean_of(f"loss/{CROSS_ENTROPY}", result, batch)
+    crossed, _ = mean_of(f"loss/{CROSS_ENTROPY}", result.metrics, batch)
     state.balance = balance.update(distilled, crossed).state()
 
 
-def _evaluate(run: Run) -> Scores:
-    domains = by_domain(run.heldout, run.config.evaluate.max_prompts_per_domain)
-    scores = None
-    if run.sampler is not None:
-        scores = student_scores(
-            run.sampler,
-            domains,
-            tokenizer=run.tokenizer,
-            share=(run.topology.dp_rank, run.topology.dp_size),
-            sum_over_replicas=lambda values_: sum_over_leads(run.topology, values_),
-            finished=run.finished,
-        )
-    return from_lead(run.topology, scores)
-
-
-def _evaluate_teachers(run: Run) -> dict[str, float | None]:
-    if not run.config.evaluate.teachers:
-        return {}
-    domains = by_domain(run.heldout, run.config.evaluate.max_prompts_per_domain)
-    found = None
-    if run.pool is not None:
-        found = teacher_scores(
-            run.pool.teachers,
-            domains,
-            max_new_tokens=run.config.rollout.max_new_tokens,
-            finished=run.finished,
-        )
-    return from_lead(run.topology, found)
-
-
-def _finish(run: Run, state: State, *, seconds: float) -> Summary:
-    after = _evaluate(run)
-    source = run.config.student.model
+def _finish(
+    run: Run, sink: Sink, state: State, *, started: float, seconds_before: float
+) -> Summary:
+    config = run.config
+    stopped = state.step < config.train.steps
+    if (run.heldout or run.validation) and state.evaluations[-1]["step"] != state.step:
+        _evaluate(run, sink, state)
+    found = _evaluations(state)
+    after = found[-1].scores if found else {}
+    top = best(found, config.evaluate.metric) if config.evaluate.interval is not None else None
+    source = config.student.model
     assert source is not None
     if run.topology.dp_rank == 0:
         save_hf(run.student.model, run.directory / "hf", source_dir=source)
     save_learned_projections(run.student, run.pairs, run.directory / "projections")
     return Summary(
         steps=state.step,
-        seconds=seconds,
+        seconds=seconds_before + time.perf_counter() - started,
         domains=results(state.before, after, state.teachers),
         chunks=_chunks(run),
         answers=_ledger(run),
         learned=has_learned(state.before, after) if after else None,
+        evaluations=[{"step": one.step, **one.line} for one in found],
+        best_step=None if top is None else top.step,
+        stopped_early=state.step if stopped else None,
     )
 
 

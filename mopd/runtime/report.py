@@ -38,7 +38,7 @@ def log_step(
     }
     for name in result.metrics:  # loss/<teacher>, kl/<teacher>, loss/cross_entropy, ...
         if not name.startswith(f"{CHUNKS}/"):
-            line[name] = mean_of(name, result, batch)
+            line[name], _ = mean_of(name, result.metrics, batch)
     if run.feed is None:
         return
     if batch.step == 0:
@@ -93,10 +93,11 @@ def _warn_of_distance(run: Run, sink: Sink, line: Mapping[str, float]) -> None:
             )
 
 
-def mean_of(name: str, result: StepResult, batch: StepBatch) -> float:
-    """Of a loss's sum: over the teacher's rows, its chunks, or the response tokens."""
+def mean_of(name: str, metrics: Mapping[str, float], batch: StepBatch) -> tuple[float, float]:
+    """Of a loss's sum: over the teacher's rows, its chunks, or the response tokens; and of how
+    many."""
     kind, of = name.split("/", 1)
     count = batch.num_response_tokens if of == CROSS_ENTROPY else batch.denominators[of]
     if kind not in ("loss", "kl"):
-        count = result.metrics[f"{CHUNKS}/{of}"]
-    return result.metrics.get(name, 0.0) / (count or 1.0)
+        count = metrics[f"{CHUNKS}/{of}"]
+    return metrics.get(name, 0.0) / (count or 1.0), count

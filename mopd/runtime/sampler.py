@@ -16,6 +16,7 @@ from mopd.rollout.base import Sampler
 from mopd.rollout.colocate import ColocateSampler
 from mopd.rollout.fleet import FleetOptions
 from mopd.rollout.hf import HfSampler
+from mopd.rollout.on_demand import OnDemandSampler
 from mopd.rollout.replay import ReplaySampler
 from mopd.rollout.tasks import Jobs, SamplingOptions
 from mopd.rollout.vllm import SyncOptions, VllmSampler
@@ -32,8 +33,8 @@ WEIGHTS_DIRECTORY = "weights"
 
 def build_sampler(
     config: RunConfig, tokenizer: ChatTokenizer, topology: Topology, *, directory: Path
-) -> Sampler:
-    """On the lead of a replica; all leads call it together.
+) -> Sampler | None:
+    """On the lead of a replica; all leads call it together. None: nobody needs one.
 
     Raises:
         ConfigError: a stop token is none.
@@ -49,13 +50,19 @@ def build_sampler(
         if backend.mode == "colocate":
             return ColocateSampler(_engine(config, model, topology.device), jobs=jobs)
         return _servers(backend, jobs, topology, directory=directory)
-    live = HfSampler(
-        model,
-        tokenizer=tokenizer,
-        device=topology.device,
-        options=options,
-        batch_size=backend.batch_size,
-    )
+
+    def in_process() -> HfSampler:
+        return HfSampler(
+            model,
+            tokenizer=tokenizer,
+            device=topology.device,
+            options=options,
+            batch_size=backend.batch_size,
+        )
+
+    if backend.type == "dataset":
+        return OnDemandSampler(in_process) if config.data.heldout_path else None
+    live = in_process()
     if backend.type == "hf":
         return live
     return ReplaySampler(

@@ -77,6 +77,14 @@ class StepResult:
     skipped: bool  # a loss or gradient was not finite, so no weight changed
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """A batch's losses without a step, the same on every rank; as in `StepResult`."""
+
+    loss: float
+    metrics: Mapping[str, float]
+
+
 class Student:
     """The model, its optimizer and its schedule.
 
@@ -144,6 +152,24 @@ class Student:
         self._step_companions(num_tokens, skipped=skipped)
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, metrics=sums, skipped=skipped)
 
+    def evaluate(self, batch: StepBatch) -> EvalResult:
+        """The losses of ``batch``; no weight, gradient or generator changes. Collective."""
+        fused = self._from_hidden is not None
+        with hidden_output(self.model.head) if fused else nullcontext(), torch.no_grad():
+            outputs = run_schedule(
+                self.model,
+                batch.micro_batches,
+                partial(self._measured, batch=batch),
+                forward_only=True,
+            )
+        if self.companions is not None:
+            # the losses write their closed-form gradients there whoever asks; between steps it is 0
+            for companion in self.companions.members.values():
+                companion.gradient.zero_()
+        sums = self._share(_sum_metrics(outputs))
+        num_tokens = sums.pop(_TOKENS)
+        return EvalResult(loss=sums.pop(_LOSS) / max(num_tokens, 1.0), metrics=sums)
+
     def forward_logits(self, tokens: np.ndarray) -> torch.Tensor:
         """Logits [B, L, vocab_size] of `tokens` [B, L] on every rank of the replica."""
         lengths = np.full(len(tokens), tokens.shape[1], dtype=np.int64)
@@ -193,6 +219,15 @@ class Student:
             return output.total, count, metrics
 
         return compute
+
+    def _measured(self, micro_batch: MicroBatch, *, batch: StepBatch) -> Callable[..., Any]:
+        compute = self._loss(micro_batch, batch=batch)
+
+        def measure(last: torch.Tensor, non_loss_data: bool = True) -> dict[str, torch.Tensor]:
+            del non_loss_data
+            return compute(last)[2]
+
+        return measure
 
     def _share(self, sums: dict[str, float]) -> dict[str, float]:
         """Add up the last stages of all replicas, then hand the sums to their other stages."""

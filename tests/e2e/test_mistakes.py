@@ -35,7 +35,7 @@ def complaint(recipe: str, overrides: list[str], *, world_size: int = 1) -> str:
     [
         ("train.step=10", "did you mean `train.steps`"),
         ("train.steps=ten", "train.steps: expected a valid integer, got 'ten'"),
-        ("rollout.backend.type=vlm", "expected 'hf', 'vllm', 'replay' or 'custom'"),
+        ("rollout.backend.type=vlm", "expected 'hf', 'vllm', 'replay', 'dataset' or 'custom'"),
         ("launcher=slurm", "launcher: expected 'torchrun'"),
     ],
 )
