@@ -18,6 +18,7 @@ from mopd.config.check_servers import (
     is_started,
     unread,
 )
+from mopd.config.check_student import check_student
 from mopd.config.data_files import check_data, check_data_path
 from mopd.config.keys import printable
 from mopd.config.model_shape import check_layout, read_model_config
@@ -45,6 +46,7 @@ def check_config(config: RunConfig, *, world_size: int) -> None:
         check_losses(config),
         _schedule(config),
         check_evaluate(config),
+        check_student(config),
         _paths(config),
         check_data(config),
         _sizes(config, world_size),

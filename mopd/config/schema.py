@@ -78,6 +78,7 @@ class LoraSection(Section):
     target_modules: tuple[str, ...] = (  # names of Hugging Face linear layers, as in PEFT
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
+    path: str | None = None  # directory of a PEFT adapter to go on from; None starts a fresh one
 
 
 class RecomputeSection(Section):
@@ -96,7 +97,7 @@ class StudentSection(Section):
     eos_token: str | None = None  # what ends its turn; None: the tokenizer's own
     dtype: Literal["float32", "bfloat16"] = "float32"
     fused_head: bool = True  # output layer and loss in one, without the logits as a whole
-    freeze: tuple[str, ...] = ()  # regular expressions: Hugging Face names that do not learn
+    freeze: tuple[str, ...] = ()  # regular expressions: whole Hugging Face names that do not learn
     moe_aux_loss_coeff: NonNegativeFloat | None = None  # None: the model's router_aux_loss_coef
     lora: LoraSection = LoraSection()
     recompute: RecomputeSection = RecomputeSection()

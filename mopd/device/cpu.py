@@ -46,6 +46,7 @@ _GENERATOR_FUNCTIONS = (
 _SCOPED_FUNCTIONS = (
     "megatron.core.models.common.language_module.language_module."
     "LanguageModule.setup_embeddings_and_output_layer",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.__init__",
     "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.__init__",
     "megatron.core.optimizer.optimizer.clip_grad_by_total_norm_fp32",
 )

@@ -85,11 +85,14 @@ class DistillationHead:
         the tensor-parallel ranks, as a column-parallel layer does.
         """
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
-        source = LinearSource(flat, weight.detach(), self.shard)
+        frozen = not weight.requires_grad
+        source = LinearSource(flat, weight.detach(), self.shard, frozen=frozen)
         value, metrics = self._run(source, micro, batch)
         of_hidden, of_weight = source.finish()
-        gradients = (of_hidden.view_as(hidden), of_weight)
-        total = _ClosedForm.apply(value, gradients, hidden, weight)
+        gradients, inputs = (of_hidden.view_as(hidden),), (hidden,)
+        if of_weight is not None:
+            gradients, inputs = (*gradients, of_weight), (hidden, weight)
+        total = _ClosedForm.apply(value, gradients, *inputs)
         return LossOutput(total=total, metrics=metrics)
 
     def _run(

@@ -110,17 +110,19 @@ class LinearSource:
 
     A panel is a run of blocks; only visited rows are multiplied. A block's gradient takes the place
     of its logits in the panel. Products are taken in the dtype of the inputs, as an output layer
-    takes them, and gradients add up in float32 (or float64).
+    takes them, and gradients add up in float32 (or float64). A ``frozen`` weight gets none.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, shard: VocabShard) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, shard: VocabShard, *, frozen: bool) -> None:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.device = hidden.device
         self._hidden = hidden
         self._weight = weight
         self._columns = weight[: shard.without_padding().size]
         self._hidden_gradient = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
-        self._weight_gradient = torch.zeros(weight.shape, dtype=self.dtype, device=self.device)
+        self._weight_gradient = None
+        if not frozen:
+            self._weight_gradient = torch.zeros(weight.shape, dtype=self.dtype, device=self.device)
         self._room: dict[str, Tensor] = {}
         self._panel = _Panel(rows=hidden[:0], values=hidden[:0])
 
@@ -148,13 +150,14 @@ class LinearSource:
         self._panel.cut(block).copy_(gradient)
         self._panel.written = True
 
-    def finish(self) -> tuple[Tensor, Tensor]:
+    def finish(self) -> tuple[Tensor, Tensor | None]:
         """The gradients [N, H] and [V_local, H] in the dtypes of the inputs; 0 in padded rows."""
         self._room.clear()  # before the casts below need room
         self._panel = _Panel(rows=self._hidden[:0], values=self._hidden[:0])
+        of_hidden, of_weight = self._hidden_gradient, self._weight_gradient
         return (
-            self._hidden_gradient.to(self._hidden.dtype),
-            self._weight_gradient.to(self._weight.dtype),
+            of_hidden.to(self._hidden.dtype),
+            None if of_weight is None else of_weight.to(self._weight.dtype),
         )
 
     def _open(self, index: Tensor) -> None:
@@ -166,6 +169,8 @@ class LinearSource:
         """Both products of the chain rule; every block of the panel has been written."""
         rows, gradient = self._panel.rows, self._panel.values
         self._hidden_gradient.index_add_(0, index, (gradient @ self._columns).to(self.dtype))
+        if self._weight_gradient is None:
+            return
         total = self._weight_gradient[: len(self._columns)]
         if gradient.dtype == self.dtype:
             total.addmm_(gradient.t(), rows)

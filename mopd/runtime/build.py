@@ -112,7 +112,7 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
         config.student.parallel, backend=backend, seed=config.run.seed, timeout=_patience(config)
     )
     found = _pairs(config, tokenizers, topology)
-    model = build_student(config.student, topology=topology)
+    model = build_student(config.student, topology=topology, seed=config.run.seed)
     student = _student(config, model, tokenizers, found)
     config = servers.reach()
     sampler = pool = feed = eval_feed = None

@@ -34,6 +34,7 @@ from mopd.runtime.replica import from_lead, gather_leads, sum_over_leads
 from mopd.runtime.report import log_step, mean_of
 from mopd.serving.journal import drop_stale_journals
 from mopd.student import checkpoint
+from mopd.student.adapter_io import save_peft
 from mopd.student.hf_export import iter_hf_weights, save_hf
 from mopd.student.step import StepResult
 from mopd.types import StepBatch
@@ -263,6 +264,8 @@ def _finish(
     assert source is not None
     if run.topology.dp_rank == 0:
         save_hf(run.student.model, run.directory / "hf", source_dir=source)
+        if run.config.student.lora.rank is not None:
+            save_peft(run.student.model, run.directory / "adapter", base_dir=source)
     save_learned_projections(run.student, run.pairs, run.directory / "projections")
     return Summary(
         steps=state.step,

@@ -52,6 +52,8 @@ class ModelView(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
 
+    def merged(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None: ...
+
 
 def parameter_name(chunk: int, name: str) -> str:
     """Of a parameter in stage ``chunk`` of its pipeline rank: stages of one rank share names."""
@@ -241,7 +243,8 @@ def _read_shard(
 def iter_hf_weights(model: ModelView) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Stream the model as Hugging Face tensors: `(name, full tensor)` on the lead, else None.
 
-    Collective over the replica: every rank runs it to the end. One parameter is whole at a time.
+    Adapters are added to their weights. Collective over the replica: every rank runs it to the end.
+    One parameter is whole at a time.
     """
     topology, shape = model.topology, model.shape
     parameters = dict(model.named_parameters())
@@ -250,15 +253,17 @@ def iter_hf_weights(model: ModelView) -> Iterator[tuple[str, torch.Tensor | None
             continue
         shards = None
         if slot.stage == topology.pp_rank:
-            shards = _gather_shards(parameters[slot.parameter].detach(), topology)
+            shards = gather_shards(parameters[slot.parameter].detach(), topology)
         for position, (name, size) in enumerate(zip(slot.tensors, slot.sizes, strict=True)):
             tensor = None
             if shards is not None:
                 tensor = _assemble(slot, shards, position=position, size=size, shape=shape)
-            yield name, _to_lead(tensor, size, slot.stage, model=model)
+            if slot.stage == topology.pp_rank:
+                tensor = model.merged(name, tensor)
+            yield name, to_lead(tensor, size, slot.stage, model=model)
 
 
-def _gather_shards(local: torch.Tensor, topology: Topology) -> list[torch.Tensor] | None:
+def gather_shards(local: torch.Tensor, topology: Topology) -> list[torch.Tensor] | None:
     """All tensor-parallel shards on tensor-parallel rank 0, None on the others."""
     if topology.tp_group is None:
         return [local]
@@ -293,7 +298,7 @@ def _assemble(
     ).flatten(0, 1)
 
 
-def _to_lead(
+def to_lead(
     tensor: torch.Tensor | None, size: tuple[int, ...], stage: int, *, model: ModelView
 ) -> torch.Tensor | None:
     """Hand a tensor of `stage` to the replica's lead, which is the stage's own rank for stage 0."""

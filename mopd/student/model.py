@@ -26,11 +26,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from mopd.config.model_shape import Llama3Rope, ModelShape, read_model_config
-from mopd.config.schema import StudentSection
+from mopd.config.schema import RunSection, StudentSection
 from mopd.student import output
-from mopd.student.hf_io import load_hf, parameter_name
+from mopd.student.hf_io import build_slots, load_hf, parameter_name
+from mopd.student.lora import Adapters
 from mopd.student.parallel import Topology
 from mopd.student.spec import decoder_spec
+from mopd.student.trainable import choose_trainable, frozen_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,6 +55,7 @@ class StudentModel:
     padded_vocab_size: int
     dtype: torch.dtype
     source_dir: Path
+    adapters: Adapters | None
 
     @property
     def head(self) -> GPTModel:
@@ -65,14 +68,30 @@ class StudentModel:
             for name, parameter in chunk.named_parameters():
                 yield parameter_name(index, name), parameter
 
+    def merged(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """A Hugging Face ``tensor`` of this stage with its adapter, if any is on, added to it.
 
-def build_student(section: StudentSection, *, topology: Topology) -> StudentModel:
+        Collective over the tensor-parallel ranks, where `hf_io.gather_shards` leaves None on some.
+        """
+        adapters = self.adapters
+        if adapters is None or not adapters.enabled or name not in adapters.pairs:
+            return tensor
+        pair = adapters.pairs[name]
+        return pair.merge(tensor, scale=adapters.scale, topology=self.topology)
+
+
+def build_student(
+    section: StudentSection, *, topology: Topology, seed: int = RunSection().seed
+) -> StudentModel:
     """Build this rank's stages and read their weights from a Hugging Face directory.
 
-    Collective over all ranks. Raises ConfigError for a model that is not supported.
+    ``seed`` is that of fresh adapters. Collective over all ranks. Raises ConfigError for a model
+    that is not supported, and for adapters and frozen names that do not fit it.
     """
     model_dir = str(section.model)
     shape = read_model_config(model_dir)
+    slots = build_slots(shape, pp_size=topology.pp_size, vp_size=topology.vp_size)
+    frozen_parameters(section.freeze, slots)  # a wrong pattern is told before weights are read
     padded_vocab_size = math.ceil(shape.vocab_size / topology.tp_size) * topology.tp_size
     config = transformer_config(shape, section, topology)
     chunks = tuple(
@@ -80,6 +99,9 @@ def build_student(section: StudentSection, *, topology: Topology) -> StudentMode
         for index in range(topology.vp_size)
     )
     load_hf(chunks, model_dir, shape=shape, topology=topology)
+    adapters = choose_trainable(
+        chunks, section, shape=shape, slots=slots, topology=topology, seed=seed
+    )
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=section.optimizer.use_distributed_optimizer,
@@ -96,6 +118,7 @@ def build_student(section: StudentSection, *, topology: Topology) -> StudentMode
         padded_vocab_size=padded_vocab_size,
         dtype=config.params_dtype,
         source_dir=Path(model_dir),
+        adapters=adapters,
     )
 
 

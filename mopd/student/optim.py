@@ -37,7 +37,7 @@ def build_optimizer(
             clip_grad=section.clip_grad,
             bf16=is_bf16,
             params_dtype=model.dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=section.use_distributed_optimizer,
         ),
         list(model.ddp),
     )

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mopd.align.positions import context_slice
 from mopd.losses import source
 from mopd.losses.divergence import Divergence
 from mopd.losses.head import DistillationHead, TeacherTerm
 from mopd.losses.vocab import VocabShard
 from mopd.types import MicroBatch, StepBatch, TeacherRows
-from tests.helpers.fused_losses import factors, head_of, rows_at, run_factors, whole
+from tests.helpers.fused_losses import factors, head_of, run_factors, whole
 from tests.helpers.losses import build_loss, dense_ctkd, make_rows, step_of
 from tests.helpers.random_losses import V_S, N, problem
 
@@ -95,6 +96,20 @@ def test_equals_the_formulas_under_autograd(block_size):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
+def test_a_frozen_weight_costs_no_gradient_of_its_own():
+    case = problem(11)
+    shard, projection = whole(case)
+    head = head_of(build_loss("ctkd", projection), shard=shard, projection=projection)
+    hidden, weight = factors(len(case.logits), V_S)
+    expected = run_factors(head, hidden, weight, case.rows, fused=True)
+    leaf = hidden.clone().requires_grad_()
+    value = head.from_hidden(leaf[None], weight, *step_of(case.rows, len(case.logits))).total
+    value.backward()
+    torch.testing.assert_close(leaf.grad, expected[1], rtol=0, atol=0)
+    linear = source.LinearSource(hidden, weight, shard, frozen=True)
+    assert linear.finish()[1] is None
+
+
 @pytest.mark.parametrize("name", ["kl", "ctkd", "gold"])
 def test_finite_differences(name):
     """Along random directions of both inputs; the chunk term included."""
@@ -159,7 +174,7 @@ def test_what_comes_from_above_scales_both_gradients():
 
 
 def nobody(rows: TeacherRows) -> TeacherRows:
-    return rows_at(rows, np.zeros(0, dtype=np.int64))
+    return context_slice(rows, np.full(N, -1))
 
 
 @pytest.mark.parametrize("name", ["kl", "ctkd", "gold"])

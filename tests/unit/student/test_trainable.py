@@ -1,0 +1,73 @@
+"""Patterns of what does not learn, against the weights of a whole model."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from mopd.config.model_shape import ModelShape
+from mopd.errors import ConfigError
+from mopd.student.hf_io import build_slots
+from mopd.student.trainable import frozen_parameters
+
+SHAPE = ModelShape(
+    architecture="Qwen2ForCausalLM",
+    num_layers=12,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=16,
+    vocab_size=67,
+    max_position_embeddings=128,
+    norm_epsilon=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    qkv_bias=True,
+    qk_norm=False,
+    tied=True,
+)
+SLOTS = build_slots(SHAPE, pp_size=2)
+EMBEDDING = {(0, "0.embedding.word_embeddings.weight"), (1, "0.output_layer.weight")}
+
+
+def test_a_tied_embedding_is_frozen_as_one() -> None:
+    assert frozen_parameters([r"model\.embed_tokens\.weight"], SLOTS) == EMBEDDING
+
+
+def test_patterns_match_whole_names() -> None:
+    """`layers.1` is neither layer 1 with all in it, nor layers 10 and 11."""
+    layer = {(0, slot.parameter) for slot in SLOTS if ".layers.1." in slot.tensors[0]}
+    assert frozen_parameters([r"model\.layers\.1\..*"], SLOTS) == layer
+    with pytest.raises(ConfigError, match="matches no weight"):
+        frozen_parameters([r"model\.layers\.1"], SLOTS)
+    norm = {(1, "0.decoder.final_layernorm.weight")}
+    assert frozen_parameters([r"model\.norm\.weight|input_layernorm"], SLOTS) == norm
+
+
+def test_several_patterns_may_cover_one_parameter() -> None:
+    patterns = [r".*layers\.0\.self_attn\.[qk]_proj\.weight", r".*layers\.0\..*v_proj\.weight"]
+    expected = {(0, "0.decoder.layers.0.self_attention.linear_qkv.weight")}
+    assert frozen_parameters(patterns, SLOTS) == expected
+    assert frozen_parameters([], SLOTS) == set()
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        (
+            [r".*q_proj\.weight"],
+            "`.*q_proj\\.weight` matches model.layers.0.self_attn.q_proj.weight",
+        ),
+        ([r".*q_proj\.bias"], "in one parameter with model.layers.0.self_attn.k_proj.bias"),
+        ([r".*norm\.weight", r".*up_proj.*"], "`.*up_proj.*` matches model.layers.0.mlp.up_proj"),
+        ([r"lm_head\.weight"], "`lm_head\\.weight` matches no weight"),  # it is the embedding
+        ([r".*embed.*", "nothing"], "`nothing` matches no weight"),
+        ([".*"], "matches every weight"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(patterns: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as error:
+        frozen_parameters(patterns, SLOTS)
+    assert str(error.value).startswith("student.freeze: ") and "\n" not in str(error.value)
