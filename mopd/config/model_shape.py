@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopd.config.schema import ParallelSection
 from mopd.errors import ConfigError
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +30,20 @@ class Llama3Rope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoeShape:
+    """A mixture of experts in place of the feed-forward part of some layers."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    ffn_hidden_size: int  # of one expert
+    norm_topk_prob: bool  # the weights of a token's experts sum to 1
+    router_aux_loss_coef: float
+    layers: tuple[int, ...]  # that have experts; the others are dense
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Everything about a dense decoder that decides its parameters and its forward pass."""
+    """Everything about a decoder that decides its parameters and its forward pass."""
 
     architecture: str
     num_layers: int
@@ -43,6 +60,13 @@ class ModelShape:
     qkv_bias: bool
     qk_norm: bool
     tied: bool  # input and output embeddings share one weight
+    sliding_window: int | None = None  # a token attends to so many, itself included; None: to all
+    moe: MoeShape | None = None
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers with experts, ascending; none in a dense model."""
+        return () if self.moe is None else self.moe.layers
 
 
 def read_model_config(model_dir: str | Path) -> ModelShape:
@@ -63,33 +87,6 @@ def read_model_config(model_dir: str | Path) -> ModelShape:
         return _shape(raw, architecture, path)
     except KeyError as error:
         raise ConfigError(f"student.model: {path} lacks the key {error}") from error
-
-
-def check_layout(shape: ModelShape, parallel: ParallelSection, world_size: int) -> list[str]:
-    """What keeps this model from running in this layout; an empty list when nothing does."""
-    tensor = parallel.tensor_model_parallel_size
-    pipeline = parallel.pipeline_model_parallel_size
-    context = parallel.context_parallel_size
-    problems = [
-        f"tensor_model_parallel_size={tensor} must divide the model's {what} ({size})"
-        for what, size in (
-            ("attention heads", shape.num_attention_heads),
-            ("query groups", shape.num_query_groups),
-            ("feed-forward size", shape.ffn_hidden_size),
-        )
-        if size % tensor
-    ]
-    if shape.num_layers % pipeline:
-        problems.append(
-            f"pipeline_model_parallel_size={pipeline} must divide the model's layers "
-            f"({shape.num_layers})"
-        )
-    if world_size % (tensor * pipeline * context):
-        problems.append(
-            f"tensor x pipeline x context parallel size ({tensor * pipeline * context}) must "
-            f"divide the number of processes ({world_size})"
-        )
-    return [f"student.parallel: {problem}" for problem in problems]
 
 
 def _architecture(raw: Mapping[str, Any], path: Path) -> str:
@@ -135,9 +132,39 @@ def _shape(raw: Mapping[str, Any], architecture: str, path: Path) -> ModelShape:
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=architecture == "Qwen2ForCausalLM",
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         tied=bool(raw.get("tie_word_embeddings", False)),
+        sliding_window=raw.get("sliding_window") if architecture == "MistralForCausalLM" else None,
+        moe=_moe(raw, path) if architecture == "Qwen3MoeForCausalLM" else None,
     )
+
+
+def _moe(raw: Mapping[str, Any], path: Path) -> MoeShape | None:
+    """None where every layer is dense."""
+    # transformers 5 writes num_local_experts, older versions and published models num_experts.
+    num_experts = raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"]
+    step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
+    layers = tuple(
+        layer
+        for layer in range(raw["num_hidden_layers"])
+        if num_experts and layer not in dense and (layer + 1) % step == 0
+    )
+    if not layers:
+        return None
+    moe = MoeShape(
+        num_experts=num_experts,
+        num_experts_per_tok=raw["num_experts_per_tok"],
+        ffn_hidden_size=raw["moe_intermediate_size"],
+        norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
+        router_aux_loss_coef=float(raw.get("router_aux_loss_coef", 0.001)),
+        layers=layers,
+    )
+    if moe.num_experts_per_tok == 1 and moe.norm_topk_prob:
+        raise ConfigError(
+            f"student.model: {path} sets norm_topk_prob with num_experts_per_tok=1, so its routers "
+            "have no gradient; choose a model with more experts per token"
+        )
+    return moe
 
 
 def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, Llama3Rope | None]:

@@ -90,7 +90,7 @@ class RecomputeSection(Section):
 
 
 class StudentSection(Section):
-    """The model that learns. `model` is a Hugging Face directory (Llama, Qwen2, Qwen3 dense)."""
+    """The model that learns. `model` is a Hugging Face directory (docs/models.md)."""
 
     model: str | None = None
     tokenizer: str | None = None  # defaults to `model`

@@ -13,6 +13,7 @@ from mopd.errors import StaleWeightsError
 from mopd.rollout.base import make_rollout
 from mopd.rollout.tasks import SamplingOptions
 from mopd.serving.generation import generate, sampling_stream
+from mopd.serving.hf_experts import one_by_one
 from mopd.serving.models import load_causal_lm
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout
@@ -46,7 +47,7 @@ class HfSampler:
         """Takes every parameter of the student under its Hugging Face name."""
         if version <= self.version:
             raise StaleWeightsError(f"version {version} is not newer than {self.version}")
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters = dict(one_by_one(self._model.named_parameters(remove_duplicate=False)))
         missing = set(parameters)
         self.version = -1  # half-loaded weights are no version
         for name, tensor in weights:

@@ -14,7 +14,8 @@ def push(
 ) -> None:
     """Hands the stream to the sampler; ranks without one only take part in gathering it.
 
-    ``weights`` is collective over the replica, so every rank must run it to its end.
+    ``weights`` is collective over the replica, with expert parallelism over all ranks of the job,
+    so every rank must run it to its end.
     """
     if sampler is None:
         for _ in weights:

@@ -262,10 +262,9 @@ def _finish(
     top = best(found, config.evaluate.metric) if config.evaluate.interval is not None else None
     source = config.student.model
     assert source is not None
-    if run.topology.dp_rank == 0:
-        save_hf(run.student.model, run.directory / "hf", source_dir=source)
-        if run.config.student.lora.rank is not None:
-            save_peft(run.student.model, run.directory / "adapter", base_dir=source)
+    save_hf(run.student.model, run.directory / "hf", source_dir=source)
+    if config.student.lora.rank is not None and run.topology.dp_rank == 0:
+        save_peft(run.student.model, run.directory / "adapter", base_dir=source)
     save_learned_projections(run.student, run.pairs, run.directory / "projections")
     return Summary(
         steps=state.step,

@@ -37,7 +37,9 @@ def log_step(
         "skipped": float(result.skipped),
     }
     for name in result.metrics:  # loss/<teacher>, kl/<teacher>, loss/cross_entropy, ...
-        if not name.startswith(f"{CHUNKS}/"):
+        if name.startswith("moe/"):
+            line[name] = result.metrics[name]
+        elif not name.startswith(f"{CHUNKS}/"):
             line[name], _ = mean_of(name, result.metrics, batch)
     if run.feed is None:
         return

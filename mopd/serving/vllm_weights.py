@@ -70,6 +70,8 @@ class WeightsExtension(RowsExtension):
         except (ChannelError, OSError, RuntimeError, StopIteration) as error:
             return f"nothing came: {error}"  # the old weights are still whole
         stream = whole(first, source, specs, troubles.append)
+        if self.mopd_device() == "cpu":
+            forget_packed_experts(self.model_runner.get_model())  # type: ignore[attr-defined]
         try:
             self.reload_weights(weights_iterator=stream)  # type: ignore[attr-defined]
         except Exception as error:  # of any kind: one that leaves here ends the whole engine
@@ -104,6 +106,18 @@ def whole(
             report(f"{len(missing)} of {len(specs)} tensors did not come")
     for name, (dtype, shape) in missing.items():
         yield name, torch.zeros(shape, dtype=getattr(torch, dtype))
+
+
+def forget_packed_experts(model: Any) -> None:
+    """Makes the next reload pack the experts' weights again.
+
+    On a CPU a mixture of experts multiplies with packed weights. vLLM packs them when it builds a
+    layer's kernel; a reload keeps the kernel, and would leave plain weights where it reads packed.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def pack_tied(model: Any) -> None:

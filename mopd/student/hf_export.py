@@ -32,9 +32,16 @@ _COPIED = (
 def save_hf(model: ModelView, out_dir: str | Path, *, source_dir: str | Path) -> None:
     """Write config, weights, generation config and tokenizer files; `out_dir` appears whole.
 
-    Collective over the replica, and over that replica only: call it on the ranks of one replica.
+    Collective over all ranks of the job: experts may lie on several replicas. The first replica's
+    lead writes.
     """
-    out_dir, is_lead = Path(out_dir), model.topology.is_lead
+    topology = model.topology
+    if topology.dp_rank > 0:
+        if topology.ep_size > 1:
+            for _ in iter_hf_weights(model):
+                pass
+        return
+    out_dir, is_lead = Path(out_dir), topology.is_lead
     part = out_dir.with_name(out_dir.name + ".part")
     dtype = model.dtype
     if is_lead:

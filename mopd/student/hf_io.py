@@ -1,17 +1,16 @@
 """Hugging Face directories in and out of Megatron's shards, one tensor at a time.
 
-A `Slot` pairs one Megatron parameter with the Hugging Face tensors it is made of. V vocabulary,
-H hidden, N query heads, G query groups, D head size, I feed-forward size.
+A `mopd.student.hf_slots.Slot` pairs one Megatron parameter with the Hugging Face tensors it is made
+of.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,23 +18,9 @@ from safetensors import safe_open
 
 from mopd.config.model_shape import ModelShape
 from mopd.errors import ArtifactError
+from mopd.serving.hf_experts import in_fused
+from mopd.student.hf_slots import Slot, build_slots, parameter_name
 from mopd.student.parallel import Topology
-
-# rows: split along axis 0. columns: along axis 1. vocab: rows with padding at the end.
-# qkv: query groups, each its queries, key, value. gate_up: every rank's gate rows, then up rows.
-Kind = Literal["rows", "columns", "vocab", "whole", "qkv", "gate_up"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
-    """One Megatron parameter of one pipeline rank."""
-
-    stage: int  # the pipeline rank
-    parameter: str  # `parameter_name`
-    tensors: tuple[str, ...]  # Hugging Face names
-    sizes: tuple[tuple[int, ...], ...]  # their shapes
-    kind: Kind
-    exported: bool = True  # False for the last stage's copy of a tied embedding
 
 
 class ModelView(Protocol):
@@ -55,109 +40,22 @@ class ModelView(Protocol):
     def merged(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None: ...
 
 
-def parameter_name(chunk: int, name: str) -> str:
-    """Of a parameter in stage ``chunk`` of its pipeline rank: stages of one rank share names."""
-    return f"{chunk}.{name}"
-
-
-def build_slots(shape: ModelShape, *, pp_size: int, vp_size: int = 1) -> tuple[Slot, ...]:
-    """All parameters of all stages, in the order in which weights are exported."""
-    hidden = shape.hidden_size
-    first, last = (0, 0), (pp_size - 1, vp_size - 1)
-    vocab = (shape.vocab_size, hidden)
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    slots = [_slot(first, "embedding.word_embeddings.weight", "vocab", {embedding: vocab})]
-    per_stage = shape.num_layers // (pp_size * vp_size)
-    for layer in range(shape.num_layers):
-        stage, local = divmod(layer, per_stage)
-        chunk, rank = divmod(stage, pp_size)
-        slots += _layer_slots(shape, place=(rank, chunk), layer=layer, local=local)
-    slots.append(
-        _slot(last, "decoder.final_layernorm.weight", "whole", {"model.norm.weight": (hidden,)})
-    )
-    if not shape.tied:
-        slots.append(_slot(last, "output_layer.weight", "vocab", {head: vocab}))
-    elif last != first:
-        slots.append(
-            _slot(last, "output_layer.weight", "vocab", {embedding: vocab}, exported=False)
-        )
-    return tuple(slots)
-
-
-def _slot(
-    place: tuple[int, int],
-    parameter: str,
-    kind: Kind,
-    tensors: dict[str, tuple[int, ...]],
-    *,
-    exported: bool = True,
-) -> Slot:
-    return Slot(
-        stage=place[0],
-        parameter=parameter_name(place[1], parameter),
-        tensors=tuple(tensors),
-        sizes=tuple(tensors.values()),
-        kind=kind,
-        exported=exported,
-    )
-
-
-def _layer_slots(
-    shape: ModelShape, *, place: tuple[int, int], layer: int, local: int
-) -> list[Slot]:
-    theirs, ours = f"model.layers.{layer}.", f"decoder.layers.{local}."
-    hidden, ffn, head = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
-    heads, groups = shape.num_attention_heads * head, shape.num_query_groups * head
-    rows = {"q": heads, "k": groups, "v": groups}
-    attention, mlp = ours + "self_attention.", ours + "mlp."
-
-    def make(parameter: str, kind: Kind, tensors: dict[str, tuple[int, ...]]) -> Slot:
-        return _slot(place, parameter, kind, {theirs + n: size for n, size in tensors.items()})
-
-    weights = {f"self_attn.{n}_proj.weight": (size, hidden) for n, size in rows.items()}
-    biases = {f"self_attn.{n}_proj.bias": (size,) for n, size in rows.items()}
-    both = {f"mlp.{n}_proj.weight": (ffn, hidden) for n in ("gate", "up")}
-    slots = [
-        make(
-            attention + "linear_qkv.layer_norm_weight",
-            "whole",
-            {"input_layernorm.weight": (hidden,)},
-        ),
-        make(attention + "linear_qkv.weight", "qkv", weights),
-    ]
-    if shape.qkv_bias:
-        slots.append(make(attention + "linear_qkv.bias", "qkv", biases))
-    if shape.qk_norm:
-        slots += [
-            make(
-                f"{attention}{n}_layernorm.weight", "whole", {f"self_attn.{n}_norm.weight": (head,)}
-            )
-            for n in ("q", "k")
-        ]
-    return [
-        *slots,
-        make(
-            attention + "linear_proj.weight",
-            "columns",
-            {"self_attn.o_proj.weight": (hidden, heads)},
-        ),
-        make(
-            mlp + "linear_fc1.layer_norm_weight",
-            "whole",
-            {"post_attention_layernorm.weight": (hidden,)},
-        ),
-        make(mlp + "linear_fc1.weight", "gate_up", both),
-        make(mlp + "linear_fc2.weight", "columns", {"mlp.down_proj.weight": (hidden, ffn)}),
-    ]
-
-
 class HfReader:
     """Random access to the tensors of a directory of safetensors, single or sharded."""
 
     def __init__(self, model_dir: str | Path) -> None:
         self._dir = Path(model_dir)
 
-    def part(self, name: str, size: Sequence[int], index: tuple[slice, ...]) -> torch.Tensor:
+    def expert_part(
+        self, name: str, size: tuple[int, ...], index: tuple[slice, ...], *, num_experts: int
+    ) -> torch.Tensor:
+        """`part`, also where the experts of a layer are one tensor (`mopd.serving.hf_experts`)."""
+        fused = in_fused(name, size, index, num_experts=num_experts)
+        if fused is None or name in self._files or fused[0] not in self._files:
+            return self.part(name, size, index)
+        return self.part(*fused)
+
+    def part(self, name: str, size: Sequence[int], index: tuple[int | slice, ...]) -> torch.Tensor:
         """`tensor[index]`, reading no more than that. Raises ArtifactError on another shape."""
         if name not in self._files:
             raise ArtifactError(
@@ -203,8 +101,8 @@ def load_hf(
         for index, chunk in enumerate(chunks)
         for name, parameter in chunk.named_parameters()
     }
-    for slot in build_slots(shape, pp_size=topology.pp_size, vp_size=topology.vp_size):
-        if slot.stage != topology.pp_rank:
+    for slot in _slots(shape, topology):
+        if not _is_here(slot, topology):
             continue
         parameter = parameters.pop(slot.parameter)
         local = _read_shard(slot, reader, shape=shape, topology=topology)
@@ -233,7 +131,8 @@ def _read_shard(
             height = -(-size[0] // ranks)  # vocab pads up; the others divide
             start, stop = min(rank * height, size[0]), min((rank + 1) * height, size[0])
             index = (slice(start, stop), *(slice(None) for _ in size[1:]))
-        parts.append(reader.part(name, size, index))
+        experts = shape.moe.num_experts if shape.moe is not None else 0
+        parts.append(reader.expert_part(name, size, index, num_experts=experts))
     if slot.kind == "qkv":
         groups = shape.num_query_groups // ranks
         return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
@@ -244,15 +143,16 @@ def iter_hf_weights(model: ModelView) -> Iterator[tuple[str, torch.Tensor | None
     """Stream the model as Hugging Face tensors: `(name, full tensor)` on the lead, else None.
 
     Adapters are added to their weights. Collective over the replica: every rank runs it to the end.
-    One parameter is whole at a time.
+    With expert parallelism the experts lie on several replicas, so all ranks of the job run it, at
+    the same time; every replica's lead gets the whole model. One parameter is whole at a time.
     """
     topology, shape = model.topology, model.shape
     parameters = dict(model.named_parameters())
-    for slot in build_slots(shape, pp_size=topology.pp_size, vp_size=topology.vp_size):
+    for slot in _slots(shape, topology):
         if not slot.exported:
             continue
         shards = None
-        if slot.stage == topology.pp_rank:
+        if _is_here(slot, topology):
             shards = gather_shards(parameters[slot.parameter].detach(), topology)
         for position, (name, size) in enumerate(zip(slot.tensors, slot.sizes, strict=True)):
             tensor = None
@@ -260,7 +160,34 @@ def iter_hf_weights(model: ModelView) -> Iterator[tuple[str, torch.Tensor | None
                 tensor = _assemble(slot, shards, position=position, size=size, shape=shape)
             if slot.stage == topology.pp_rank:
                 tensor = model.merged(name, tensor)
+            if slot.ep_rank is not None:
+                tensor = _from_expert_rank(tensor, size, slot, model=model)
             yield name, to_lead(tensor, size, slot.stage, model=model)
+
+
+def _slots(shape: ModelShape, topology: Topology) -> tuple[Slot, ...]:
+    return build_slots(
+        shape, pp_size=topology.pp_size, vp_size=topology.vp_size, ep_size=topology.ep_size
+    )
+
+
+def _is_here(slot: Slot, topology: Topology) -> bool:
+    """Whether this rank holds the slot's parameter, or its own shard of it."""
+    return slot.stage == topology.pp_rank and slot.ep_rank in (None, topology.ep_rank)
+
+
+def _from_expert_rank(
+    tensor: torch.Tensor | None, size: tuple[int, ...], slot: Slot, *, model: ModelView
+) -> torch.Tensor | None:
+    """An expert's tensor on every rank of its stage that could be a replica's first."""
+    topology = model.topology
+    if topology.ep_group is None or slot.stage != topology.pp_rank or topology.tp_rank > 0:
+        return tensor
+    if tensor is None:
+        tensor = torch.empty(size, dtype=model.dtype, device=topology.device)
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, group=topology.ep_group, group_src=slot.ep_rank)
+    return tensor
 
 
 def gather_shards(local: torch.Tensor, topology: Topology) -> list[torch.Tensor] | None:
@@ -317,8 +244,7 @@ def to_lead(
 
 def describe(model: ModelView) -> dict[str, Any]:
     """Names and shapes of the exported tensors, in export order."""
-    topology = model.topology
-    slots = build_slots(model.shape, pp_size=topology.pp_size, vp_size=topology.vp_size)
+    slots = _slots(model.shape, model.topology)
     return {
         name: size
         for slot in slots

@@ -28,8 +28,10 @@ from torch import nn
 from mopd.config.model_shape import Llama3Rope, ModelShape, read_model_config
 from mopd.config.schema import RunSection, StudentSection
 from mopd.student import output
-from mopd.student.hf_io import build_slots, load_hf, parameter_name
+from mopd.student.hf_io import load_hf
+from mopd.student.hf_slots import build_slots, parameter_name
 from mopd.student.lora import Adapters
+from mopd.student.moe import moe_options, set_dispatcher
 from mopd.student.parallel import Topology
 from mopd.student.spec import decoder_spec
 from mopd.student.trainable import choose_trainable, frozen_parameters
@@ -90,7 +92,9 @@ def build_student(
     """
     model_dir = str(section.model)
     shape = read_model_config(model_dir)
-    slots = build_slots(shape, pp_size=topology.pp_size, vp_size=topology.vp_size)
+    slots = build_slots(
+        shape, pp_size=topology.pp_size, vp_size=topology.vp_size, ep_size=topology.ep_size
+    )
     frozen_parameters(section.freeze, slots)  # a wrong pattern is told before weights are read
     padded_vocab_size = math.ceil(shape.vocab_size / topology.tp_size) * topology.tp_size
     config = transformer_config(shape, section, topology)
@@ -159,7 +163,9 @@ def transformer_config(
     with warnings.catch_warnings():
         # of recompute_granularity=selective, where Transformer Engine's attention is fused
         warnings.filterwarnings("ignore", "If you are using transformer_engine")
-        return _megatron_config(shape, section, topology)
+        config = _megatron_config(shape, section, topology)
+    set_dispatcher(config, topology.device)
+    return config
 
 
 def _megatron_config(
@@ -200,7 +206,9 @@ def _megatron_config(
         variable_seq_lengths=topology.pp_size > 1 and topology.vp_size == 1,
         overlap_p2p_comm=topology.vp_size > 1,  # sends and receives in an order of their own
         batch_p2p_comm=topology.vp_size == 1,
-        moe_token_dispatcher_type="alltoall",  # no experts here, but the line above asks for it
+        moe_token_dispatcher_type="alltoall",  # variable shapes ask for it, without experts too
+        # as Transformer Engine counts: the tokens before a token, and those behind it
+        window_size=(shape.sliding_window - 1, 0) if shape.sliding_window else None,
         cuda_graph_scope=[],  # the default is a deprecated spelling of the same
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=topology.tp_size,
@@ -212,6 +220,7 @@ def _megatron_config(
         recompute_granularity=recompute.granularity,
         recompute_method=recompute.method if recompute.granularity == "full" else None,
         recompute_num_layers=recompute.num_layers if recompute.granularity == "full" else None,
+        **moe_options(shape, section.moe_aux_loss_coeff),
     )
 
 

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mopd.config.schema import OptimizerSection
@@ -61,3 +67,23 @@ def build_optimizer(
     )
     scheduler.step(1)  # Megatron counts from 0, where the warm-up is still at zero
     return optimizer, scheduler
+
+
+def clip_gradients(optimizer: MegatronOptimizer, max_norm: float) -> float:
+    """The norm of the whole model's gradient, which is then scaled down to ``max_norm``; 0 leaves
+    it. Collective over all ranks.
+
+    Experts that are split over replicas have an optimizer of their own, whose gradients count in
+    the one norm: Megatron's `clip_grad_norm` knows one optimizer only.
+    """
+    norm = float(optimizer.get_grad_norm())
+    members = (
+        optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    )
+    for member in members:
+        parameters: list[torch.Tensor] = [*member.get_parameters()]
+        if max_norm > 0.0 and parameters:
+            megatron_optimizer.clip_grad_by_total_norm_fp32(
+                parameters, max_norm=max_norm, total_norm=norm
+            )
+    return norm

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from mopd.student.attention import PackedTexts
 from mopd.student.layout import Layout, lay_out, packed_length
 from mopd.student.model import StudentModel
+from mopd.student.moe import padding_mask
 from mopd.types import MicroBatch
 
 
@@ -135,6 +136,7 @@ def _forward(model: StudentModel, module: torch.nn.Module, layout: Layout) -> to
         position_ids=positions,  # for learned positions; rotary ones follow from the texts
         attention_mask=None,
         packed_seq_params=_packed_texts(layout, device),
+        padding_mask=padding_mask(model, module, layout),
     )
 
 

@@ -21,10 +21,15 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import nn
 
 from mopd.student.attention import CausalAttention
+from mopd.student.moe import moe_spec
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -93,18 +98,35 @@ def decoder_spec(
         params={"ffn_hidden_size": config.ffn_hidden_size},
         submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
     )
-    layer = ModuleSpec(
+    layers = (
+        _layer_spec(attention, mlp=mlp, norm=IdentityOp),
+        _layer_spec(attention, mlp=moe_spec(), norm=RMSNorm),
+    )
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    # Megatron's annotations leave out the functions and classes that its own specs pass.
+    return TransformerBlockSubmodules(
+        layer_specs=[layers[_has_experts(config, first + local)] for local in range(num_layers)],
+        layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _layer_spec(attention: ModuleSpec, *, mlp: ModuleSpec, norm: type) -> ModuleSpec:
+    """``norm`` stands before the feed-forward part, where that has none of its own."""
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+            pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    # Megatron's annotations leave out the functions and classes that its own specs pass.
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * num_layers,
-        layer_norm=RMSNorm,  # pyright: ignore[reportArgumentType]
-    )
+
+
+def _has_experts(config: TransformerConfig, layer: int) -> bool:
+    if config.num_moe_experts is None:
+        return False
+    assert isinstance(config.moe_layer_freq, list)  # `moe_options`
+    return bool(config.moe_layer_freq[layer])

@@ -18,6 +18,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mopd.align.share import ShareBy, share_micro_batch
 from mopd.losses.base import LossOutput
 from mopd.student.model import StudentModel
+from mopd.student.moe import pop_load
+from mopd.student.optim import clip_gradients
 from mopd.student.output import hidden_output, output_weight
 from mopd.student.schedule import run_schedule
 from mopd.types import MicroBatch, StepBatch
@@ -68,7 +70,8 @@ class Companions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One step, the same on every rank. `loss` and `metrics` are sums over all replicas."""
+    """One step, the same on every rank. `loss` and `metrics` are sums over all replicas, but
+    `moe/...` (`mopd.student.moe.pop_load`) are means."""
 
     loss: float  # sum of all micro-batches' `total`, divided by the step's real tokens
     grad_norm: float  # before clipping
@@ -142,6 +145,7 @@ class Student:
             # Megatron divides by the tokens it counts, the losses multiply by the batch's.
             raise ValueError(f"{batch.num_tokens=} but the micro-batches hold {num_tokens:.0f}")
         loss = sums.pop(_LOSS) / max(num_tokens, 1.0)
+        sums |= pop_load(self.model, num_tokens)
         lr = float(self.optimizer.param_groups[0]["lr"])
         grad_norm = self._prepare_update()
         # Both numbers are equal on all ranks, so all ranks take the same branch.
@@ -260,9 +264,7 @@ class Student:
     def _prepare_update(self) -> float:
         """Make the gradients ready for the optimizer, clipped; their norm before that."""
         self.optimizer.prepare_grads()
-        if self._clip_grad > 0.0:
-            return float(self.optimizer.clip_grad_norm(self._clip_grad))
-        return float(self.optimizer.get_grad_norm())
+        return clip_gradients(self.optimizer, self._clip_grad)
 
 
 _LOSS, _TOKENS = "_loss", "_num_tokens"

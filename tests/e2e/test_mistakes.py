@@ -53,7 +53,7 @@ def test_an_unknown_recipe_lists_what_there_is() -> None:
     [
         ({"tensor_model_parallel_size": 3}, 3, "must divide the model's attention heads (2)"),
         ({"tensor_model_parallel_size": 2}, 3, "does not divide the world size 3"),
-        ({"context_parallel_size": 2}, 2, "not supported yet, use 1"),
+        ({"expert_model_parallel_size": 2}, 2, "needs a mixture of experts"),
     ],
 )
 def test_an_impossible_layout(

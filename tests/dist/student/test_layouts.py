@@ -76,7 +76,7 @@ def test_logits_equal_transformers(models: dict[str, str], family: str, name: st
     print(f"max difference {max(float((r - expected).abs().max()) for r in results):.1e}")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("name", ["one", *SHARDED])
 def test_weights_round_trip_bitwise(
     models: dict[str, str], tmp_path: Path, family: str, name: str

@@ -20,7 +20,7 @@ from mopd.student.parallel import Topology, initialize
 from mopd.student.step import LossFunction, StepResult, Student
 from mopd.types import MicroBatch, StepBatch
 
-FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -70,6 +70,7 @@ class Run:
     steps: int = 3
     student: dict[str, Any] = field(default_factory=dict)  # more keys of its section
     packed: bool = False
+    uneven: bool = False  # the first of two replicas has three quarters of the rows
 
 
 def make_model(
@@ -80,7 +81,14 @@ def make_model(
 
     torch.manual_seed(5)
     sizes = SIZES | sizes
-    if family.startswith("llama"):
+    if family.startswith("moe"):
+        model = make_moe(family)
+    elif family == "mistral":
+        config = tf.MistralConfig(
+            vocab_size=67, head_dim=32, sliding_window=None, tie_word_embeddings=False, **sizes
+        )
+        model = tf.MistralForCausalLM(config)
+    elif family.startswith("llama"):
         rope = {"rope_type": "default", "rope_theta": 10000.0}
         if family == "llama3":
             rope |= {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0}
@@ -104,6 +112,27 @@ def make_model(
         warnings.simplefilter("ignore")
         model.to(dtype).save_pretrained(out_dir)
     return out_dir
+
+
+def make_moe(family: str) -> Any:
+    """Four experts, two per token. `moe`: in both layers; `moe-raw`: weights of a token's experts
+    as they are; `moe-mixed`: the first layer is dense; `moe-deep`: the second of four layers is.
+    """
+    import transformers as tf
+
+    config = tf.Qwen3MoeConfig(
+        vocab_size=67,
+        head_dim=32,
+        moe_intermediate_size=48,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=family != "moe-raw",
+        mlp_only_layers={"moe-mixed": [0], "moe-deep": [1]}.get(family, []),
+        router_aux_loss_coef=0.02,
+        tie_word_embeddings=family != "moe-mixed",
+        **SIZES | {"num_hidden_layers": 4 if family == "moe-deep" else 2},
+    )
+    return tf.Qwen3MoeForCausalLM(config)
 
 
 def join(layout: Layout) -> Topology:
@@ -195,7 +224,8 @@ def step_batch(step: int, *, run: Run, dp_rank: int, empty: int = 0) -> StepBatc
     position = np.arange(width)
     mask = (position >= 2) & (position < lengths[:, None] - 1)
     tokens[position >= lengths[:, None]] = 0
-    mine = np.array_split(np.arange(rows), run.layout.dp)[dp_rank]
+    parts = [3 * rows // 4] if run.uneven else run.layout.dp
+    mine = np.array_split(np.arange(rows), parts)[dp_rank]
     micro_batches = [
         MicroBatch(tokens=tokens[part], lengths=lengths[part], response_mask=mask[part])
         for part in mine.reshape(-1, run.micro_rows)

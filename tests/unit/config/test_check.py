@@ -179,6 +179,7 @@ def test_a_right_recipe_passes(recipe: dict[str, Any]) -> None:
             ["student.parallel.tensor_model_parallel_size=2"],
             "does not divide the world size 1; start a multiple of 2 ranks",
         ),
+        (["student.moe_aux_loss_coeff=0.1"], "is a Qwen3ForCausalLM; remove it"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(

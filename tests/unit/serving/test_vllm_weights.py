@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from mopd.serving.channel import ChannelError
-from mopd.serving.vllm_weights import WeightsExtension, limited, pack_tied, whole
+from mopd.serving.vllm_weights import (
+    WeightsExtension,
+    forget_packed_experts,
+    limited,
+    pack_tied,
+    whole,
+)
 from mopd.serving.weight_files import verify_weights, write_weights
 
 NEW = {"a.weight": torch.ones(2, 3), "b.weight": torch.full((4,), 2.0)}
@@ -133,3 +139,12 @@ def test_only_layers_that_share_a_weight_are_packed_again() -> None:
     model.head.weight = model.embed.weight
     pack_tied(model)
     assert packed == ["head"]
+
+
+def test_experts_are_packed_again_by_the_next_reload() -> None:
+    """A layer that has a kernel is not packed; the real server is in tests/vllm/test_moe.py."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Identity())
+    model[0].quant_method = SimpleNamespace(moe_kernel=object())  # type: ignore[assignment]
+    model[1].quant_method = SimpleNamespace()  # type: ignore[assignment]
+    forget_packed_experts(model)
+    assert model[0].quant_method.moe_kernel is None
