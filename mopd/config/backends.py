@@ -41,15 +41,21 @@ class RemoteSection(Section):
 class TeacherBackendSection(RemoteSection):
     """Who computes the scores.
 
-    `hf`: in-process transformers. Servers, replicas of one model at `urls`, or started by mopd
-    where that is empty (`vllm`, `mopd`): `vllm` stock vLLM, `mopd` is `mopd serve`, `openai` echoes
-    prompts, `sglang` and `trl` (`trl vllm-serve`) speak their own shapes.
-    `uniform`: every token equally likely, a negative control.
+    `hf`: in-process transformers. On the student's ranks and in its layout: `megatron` another
+    model, `self` the student without its LoRA adapter. Servers, replicas of one model at `urls`,
+    or started by mopd where that is empty (`vllm`, `mopd`): `vllm` stock vLLM, `mopd` is
+    `mopd serve`, `openai` echoes prompts, `sglang` and `trl` (`trl vllm-serve`) speak their own
+    shapes. `uniform`: every token equally likely, a negative control.
     """
 
-    type: Literal["hf", "uniform", "custom", "vllm", "mopd", "openai", "sglang", "trl"] = "hf"
+    type: Literal[
+        "hf", "megatron", "self", "uniform", "custom", "vllm", "mopd", "openai", "sglang", "trl"
+    ] = "hf"
     target: str | None = None  # package.module:Name, for `custom`
     batch_size: PositiveInt = 64  # of hf
+    max_tokens_per_micro_batch: PositiveInt = 1 << 14  # of megatron and self, padding included
+    offload: bool = True  # of megatron: its weights are in host memory while nobody asks
+    dtype: Literal["float32", "bfloat16"] | None = None  # of megatron; None: student.dtype
     entries_per_request: PositiveInt = 1 << 17  # tokens times k of one; an answer is never split
     wire: Literal["fp32", "fp16"] = "fp32"  # of type mopd: the top-k's log-probabilities
     tolerance: PositiveFloat = 0.05  # between two scores of one text by the same model

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
 from mopd.config.check_evaluate import check_evaluate
+from mopd.config.check_inside import check_inside, check_inside_layout
 from mopd.config.check_layout import check_layout
 from mopd.config.check_losses import check_losses
 from mopd.config.check_rollout import check_rollout
@@ -43,6 +44,7 @@ def check_config(config: RunConfig, *, world_size: int) -> None:
         _teachers(config),
         _backends(config),
         check_started(config),
+        check_inside(config),
         check_rollout(config, world_size=world_size),
         check_losses(config),
         _schedule(config),
@@ -51,6 +53,7 @@ def check_config(config: RunConfig, *, world_size: int) -> None:
         _paths(config),
         check_data(config),
         _sizes(config, world_size),
+        check_inside_layout(config, world_size=world_size),
     )
     problem = next(problems, None)
     if problem is not None:
@@ -138,7 +141,9 @@ def _paths(config: RunConfig) -> Iterator[str]:
     yield from _tokenizer_dir(tokenizer_key, student.tokenizer or student.model)
     for name, teacher in config.teachers.items():
         key = f"teachers.{name}"
-        if teacher.backend.type == "hf" or is_started(teacher.backend):
+        if teacher.backend.type == "self":  # has the student's
+            continue
+        if teacher.backend.type in ("hf", "megatron") or is_started(teacher.backend):
             yield from _model_dir(f"{key}.model", teacher.model)
         tokenizer_key = f"{key}.tokenizer" if teacher.tokenizer else f"{key}.model"
         yield from _tokenizer_dir(tokenizer_key, teacher.tokenizer or teacher.model)

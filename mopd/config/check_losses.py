@@ -100,7 +100,7 @@ def _whole_rows(config: RunConfig, used: set[str]) -> Iterator[str]:
 
 
 def _sends_whole_rows(teacher: TeacherSection) -> bool:
-    return teacher.backend.type in ("hf", "mopd", "custom")
+    return teacher.backend.type in ("hf", "megatron", "self", "mopd", "custom")
 
 
 def _balance(config: RunConfig) -> Iterator[str]:

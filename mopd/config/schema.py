@@ -137,6 +137,7 @@ class DistillationSection(Section):
     shared_columns: PositiveInt | None = (
         None  # of top_k=null: these many likeliest tokens of a step
     )
+    max_remote_gb_per_step: NonNegativeFloat = 1.0  # of whole rows from one teacher's servers
     teacher_key: str = "domain"  # the field of a data row that routes it to teachers
     default_teacher: str | None = None  # judges rows that no teacher lists; None refuses them
     alignment: Literal["bytes", "position"] = "bytes"  # `position` is a negative control

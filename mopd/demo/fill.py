@@ -100,10 +100,17 @@ def _open_keys(recipe: DictConfig, names: Sequence[str]) -> list[str]:
     """
     keys = [key for key in ("student.model", "data.path") if OmegaConf.select(recipe, key) is None]
     named = OmegaConf.select(recipe, "teachers") or {}
-    own = any(teacher.get("model") is not None for teacher in named.values())
+    own = any(teacher.get("model") is not None or _is_self(teacher) for teacher in named.values())
     keys += [
         f"teachers.{name}.model"
         for name in names
-        if (name in named or not own) and OmegaConf.select(recipe, f"teachers.{name}.model") is None
+        if (name in named or not own)
+        and OmegaConf.select(recipe, f"teachers.{name}.model") is None
+        and not _is_self(named.get(name))
     ]
     return keys
+
+
+def _is_self(teacher: Any) -> bool:
+    """Whether a teacher's section says that the student itself is the teacher."""
+    return teacher is not None and (teacher.get("backend") or {}).get("type") == "self"

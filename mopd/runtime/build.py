@@ -25,6 +25,7 @@ from mopd.runtime.build_feed import build_eval_feed, build_feed
 from mopd.runtime.data import Router, check_answers, check_chats, read_prompts
 from mopd.runtime.eval_feed import EvalFeed
 from mopd.runtime.feed import Feed
+from mopd.runtime.inside import InsideTeachers, build_engines
 from mopd.runtime.learned import learned_companions
 from mopd.runtime.objective import teacher_terms
 from mopd.runtime.payloads import (
@@ -66,6 +67,7 @@ class Run:
     pool: TeacherPool | None
     feed: Feed | None
     eval_feed: EvalFeed | None
+    inside: InsideTeachers
     heldout: list[Prompt]
     validation: list[Prompt]
     spans: Spans
@@ -114,6 +116,7 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
     found = _pairs(config, tokenizers, topology)
     model = build_student(config.student, topology=topology, seed=config.run.seed)
     student = _student(config, model, tokenizers, found)
+    engines = build_engines(config, model, tokenizers.teachers)
     config = servers.reach()
     sampler = pool = feed = eval_feed = None
     spans = Spans()
@@ -143,6 +146,10 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
             tokenizers=(tokenizers.student, tokenizers.teachers),
             topology=topology,
         )
+    inside = InsideTeachers(
+        engines, topology=topology, teachers=pool.teachers if pool else {}, spans=spans
+    )
+    inside.check()
     return Run(
         config=config,
         directory=directory,
@@ -154,6 +161,7 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
         pool=pool,
         feed=feed,
         eval_feed=eval_feed,
+        inside=inside,
         heldout=data["data.heldout_path"],
         validation=data["data.validation_path"],
         spans=spans,
@@ -204,10 +212,13 @@ def _read_data(config: RunConfig, router: Router) -> dict[str, list[Prompt]]:
 
 
 def _load_tokenizers(config: RunConfig) -> _Tokenizers:
+    student = _tokenizer("student", config.student)
     return _Tokenizers(
-        student=_tokenizer("student", config.student),
+        student=student,
         teachers={
-            name: _tokenizer(f"teachers.{name}", teacher)
+            name: student
+            if teacher.backend.type == "self"
+            else _tokenizer(f"teachers.{name}", teacher)
             for name, teacher in active_teachers(config).items()
         },
     )

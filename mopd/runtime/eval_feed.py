@@ -12,7 +12,7 @@ from mopd.rollout.base import Sampler
 from mopd.rollout.offpolicy import written_rollout
 from mopd.runtime.aligner import Aligner, Tally
 from mopd.runtime.collate import Objective, collate
-from mopd.runtime.gather import drain_troubles
+from mopd.runtime.gather import Gathered, drain_troubles
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout, StepBatch
@@ -57,18 +57,34 @@ class EvalFeed:
         self._objective = objective
         self._options = options
 
-    def answered(self, prompts: Sequence[Prompt]) -> StepBatch:
+    def answered(self, prompts: Sequence[Prompt]) -> Gathered:
         """The student's greedy answers to ``prompts``, which is the same list on all replicas."""
         assert self._sampler is not None
         mine = self._share(prompts)
         rollouts = self._sampler.answer(mine or prompts[:1])
-        return self._batch(rollouts if mine else [_masked(rollouts[0])])
+        return self._scored(rollouts if mine else [_masked(rollouts[0])])
 
-    def given(self, prompts: Sequence[Prompt]) -> StepBatch:
+    def given(self, prompts: Sequence[Prompt]) -> Gathered:
         """The answers that come with ``prompts``, as an off-policy step would train on them."""
         mine = self._share(prompts)
         rollouts = [self._written(prompt) for prompt in mine or prompts[:1]]
-        return self._batch(rollouts if mine else [_masked(rollouts[0])])
+        return self._scored(rollouts if mine else [_masked(rollouts[0])])
+
+    def collate(self, gathered: Gathered) -> StepBatch:
+        """Aligned, with the global denominators. Collective over the leads."""
+        tally = Tally()
+        batch, _ = collate(
+            0,
+            self._aligner.samples(gathered.rollouts, gathered.scores, tally),
+            scores=gathered.scores,
+            masked=(tally.sums["masked"], tally.counts["masked"]),
+            objective=self._objective,
+            batching=self._options.batching,
+            pad_id=self._student.pad_id,
+            sum_over_replicas=self._options.sum_over_replicas,
+        )
+        distillation, crossentropy = self._options.scales
+        return replace(batch, distillation_weight=distillation, crossentropy_weight=crossentropy)
 
     def troubles(self) -> dict[str, int]:
         """What went wrong at teachers and samplers: kind/who/why -> number, once."""
@@ -91,25 +107,13 @@ class EvalFeed:
         cut = self._options.mask_truncated and rollout.finish_reason == "length"
         return _masked(rollout) if cut else rollout
 
-    def _batch(self, rollouts: Sequence[Rollout]) -> StepBatch:
+    def _scored(self, rollouts: Sequence[Rollout]) -> Gathered:
         index = [i for i, rollout in enumerate(rollouts) if rollout.loss_mask.any()]
         found = self._pool.score([rollouts[i] for i in index])
         scores = [{} for _ in rollouts]
         for i, per_teacher in zip(index, found, strict=True):
             scores[i] = per_teacher
-        tally = Tally()
-        batch, _ = collate(
-            0,
-            self._aligner.samples(rollouts, scores, tally),
-            scores=scores,
-            masked=(tally.sums["masked"], tally.counts["masked"]),
-            objective=self._objective,
-            batching=self._options.batching,
-            pad_id=self._student.pad_id,
-            sum_over_replicas=self._options.sum_over_replicas,
-        )
-        distillation, crossentropy = self._options.scales
-        return replace(batch, distillation_weight=distillation, crossentropy_weight=crossentropy)
+        return Gathered(step=0, rollouts=rollouts, scores=scores)
 
 
 def _masked(rollout: Rollout) -> Rollout:

@@ -18,10 +18,11 @@ from mopd.rollout import sync
 from mopd.rollout.on_demand import OnDemandSampler
 from mopd.runtime.build import Run
 from mopd.runtime.evaluate import Scores, batches_of, by_domain, student_scores, teacher_scores
+from mopd.runtime.gather import Gathered
 from mopd.runtime.replica import from_lead, sum_over_leads
 from mopd.runtime.report import mean_of
 from mopd.student.hf_export import iter_hf_weights
-from mopd.types import Prompt, StepBatch
+from mopd.types import Prompt
 
 KL = "eval/kl/"
 
@@ -149,7 +150,7 @@ def _divergences(run: Run) -> dict[str, float]:
         run,
         run.heldout,
         per_domain=section.kl_prompts_per_domain,
-        batch_of=None if run.eval_feed is None else run.eval_feed.answered,
+        gather=None if run.eval_feed is None else run.eval_feed.answered,
     )
     return {f"eval/{name}": mean for name, mean in found.items() if name.startswith("kl/")}
 
@@ -162,7 +163,7 @@ def _validation(run: Run) -> dict[str, float]:
         run,
         run.validation,
         per_domain=run.config.evaluate.max_prompts_per_domain,
-        batch_of=None if run.eval_feed is None else run.eval_feed.given,
+        gather=None if run.eval_feed is None else run.eval_feed.given,
     )
     return {
         f"eval/validation_{name}" if name.startswith("kl/") else f"eval/{name}": mean
@@ -175,7 +176,7 @@ def _measured(
     prompts: Sequence[Prompt],
     *,
     per_domain: int,
-    batch_of: Callable[[Sequence[Prompt]], StepBatch] | None,
+    gather: Callable[[Sequence[Prompt]], Gathered] | None,
 ) -> dict[str, float]:
     """``loss``, ``loss/<name>`` and ``kl/<teacher>``, in batches as large as a step.
 
@@ -185,7 +186,9 @@ def _measured(
     counts: defaultdict[str, float] = defaultdict(float)
     size = run.config.train.num_prompts_per_step
     for group in batches_of(prompts, per_domain=per_domain, size=size):
-        batch = from_lead(run.topology, None if batch_of is None else batch_of(group))
+        gathered = run.inside.judge(None if gather is None else gather(group))
+        feed = run.eval_feed
+        batch = from_lead(run.topology, feed.collate(gathered) if feed and gathered else None)
         result = run.student.evaluate(batch)
         sums["loss"] += result.loss * len(group)
         counts["loss"] += len(group)

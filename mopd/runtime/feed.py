@@ -46,9 +46,8 @@ class Books:
 
 
 class Feed:
-    """``take(step)`` gives this replica's share of a step and its global denominators.
-
-    `settle` tells what became of it.
+    """`gather` gives this replica's answers of a step, with the scores of teachers that the lead
+    can ask alone; `collate` makes the batch of them; `settle` tells what became of it.
     """
 
     def __init__(
@@ -76,11 +75,15 @@ class Feed:
         """Chunks and tokens by type, per teacher, over the run."""
         return self._aligner.chunks
 
-    def take(self, step: int) -> StepBatch:
+    def gather(self, step: int) -> Gathered:
         """The step's rollouts and replies are durable before this returns."""
         with self._spans("gather"):
             gathered = self.ahead.take(step)
         self.times = gathered.times
+        return gathered
+
+    def collate(self, gathered: Gathered) -> StepBatch:
+        """Aligned and packed, with the global denominators. Collective over the leads."""
         with self._spans("align"):
             return self._collate(gathered)
 

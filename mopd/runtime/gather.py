@@ -108,7 +108,8 @@ class Gatherer:
         if replies is None:
             with self._spans("teachers"):
                 found = self._pool.score(asked)
-            difference = self._replies.compare(step, asked, found)
+            # nothing to compare where all teachers are asked elsewhere (`mopd.runtime.inside`)
+            difference = self._replies.compare(step, asked, found) if any(found) else None
             troubles = drain_troubles(self._pool, self._sampler)
             missing = {name: n for name, n in troubles.items() if name.startswith("missing/")}
             replies = Replies(scores=found, missing=missing)

@@ -81,7 +81,7 @@ def train(run: Run, sink: Sink) -> Summary:
         if patience_is_over(config, _evaluations(state)):
             break
         began = time.perf_counter()
-        batch = from_lead(run.topology, run.feed.take(step) if run.feed else None)
+        batch = from_lead(run.topology, _take(run, step))
         batch = _balanced(run, state, batch)
         with run.spans("train"):
             result = run.student.train_step(batch)
@@ -99,6 +99,12 @@ def train(run: Run, sink: Sink) -> Summary:
             _save(run, state, score=found.score(config.evaluate.metric) if found else None)
         run.finished()
     return _finish(run, sink, state, started=started, seconds_before=seconds_before)
+
+
+def _take(run: Run, step: int) -> StepBatch | None:
+    """This replica's share of a step, on its lead; all ranks score for it."""
+    gathered = run.inside.judge(run.feed.gather(step) if run.feed else None)
+    return run.feed.collate(gathered) if run.feed and gathered else None
 
 
 def _push(run: Run, version: int, text: np.ndarray) -> float | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from mopd.errors import ConfigError, MopdError
 from mopd.student.parallel import Topology
 
 T = TypeVar("T")
@@ -24,6 +26,44 @@ def from_lead(topology: Topology, value: T | None) -> T:
         value = box[0]
     assert value is not None
     return value
+
+
+def computed_by_lead(topology: Topology, compute: Callable[[], T]) -> T:
+    """``compute()`` of the lead on every rank of its replica.
+
+    Raises:
+        Exception: what ``compute`` raises, on the lead; elsewhere a ConfigError or MopdError that
+            says the same.
+    """
+    value, problem = None, None
+    if topology.is_lead:
+        try:
+            value = compute()
+        except Exception as error:  # raised once the other ranks know
+            problem = error
+    said = None if problem is None else str(problem)
+    value, said, is_config = from_lead(topology, (value, said, isinstance(problem, ConfigError)))
+    if problem is not None:
+        raise problem
+    if said is not None:
+        raise ConfigError(said) if is_config else MopdError(said)
+    assert value is not None
+    return value
+
+
+def refuse_together(topology: Topology, problem: Exception | None, *, what: str) -> None:
+    """Called by all ranks of a replica before they need each other.
+
+    Raises:
+        MopdError: on every rank, with ``what`` and the first rank's ``problem``, where one has any.
+    """
+    text = None if problem is None else f"{type(problem).__name__}: {problem}"
+    everyone: list[str | None] = [text] * len(topology.replica_ranks)
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, text, group=topology.replica_group)
+    for rank, said in zip(topology.replica_ranks, everyone, strict=True):
+        if said is not None:
+            raise MopdError(f"{what}: rank {rank}: {said}") from problem
 
 
 def from_main(value: T | None) -> T:

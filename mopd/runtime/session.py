@@ -39,7 +39,7 @@ _FREE = (
     ("logging",),
     ("checkpoint",),
     ("journal",),
-    *(("teachers", "*", "backend", key) for key in _REACHED),
+    *(("teachers", "*", "backend", key) for key in (*_REACHED, "offload")),
     *(("rollout", "backend", key) for key in _REACHED),
 )
 

@@ -29,6 +29,7 @@ from mopd.serving.replicas import Replicas
 from mopd.serving.retry import RetryOptions
 from mopd.teachers.base import Bounded, Known, Teacher, teacher_messages
 from mopd.teachers.hf import HfOptions, HfTeacher, check_model
+from mopd.teachers.inside import InsideOptions, InsideTeacher
 from mopd.teachers.pool import TeacherPool
 from mopd.teachers.remote import RemoteOptions, RemoteTeacher, names_of
 from mopd.teachers.uniform import UniformTeacher
@@ -37,8 +38,6 @@ from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Message, Prompt
 
 LOOKED_AT = 64  # prompts that are cut into tokens, the longest or the shortest by characters
-# Whole rows of one teacher over the wire, per step: answers as long as they may be, in fp32.
-MAX_WHOLE_ROWS_BYTES = 2 << 30
 
 
 def build_pool(
@@ -123,6 +122,8 @@ def _teacher(
             return UniformTeacher(name, tokenizer=tokenizer, student=student, top_k=top_k)
         case "custom":
             return custom(section.backend.target, config=config, tokenizer=tokenizer)
+        case "megatron" | "self":
+            return _inside(config, name, tokenizer=tokenizer, student=student)
         case "hf":
             check_model(
                 name,
@@ -145,6 +146,27 @@ def _teacher(
             )
         case "vllm" | "mopd" | "openai" | "sglang" | "trl":
             return _remote(config, name, tokenizer=tokenizer, student=student)
+
+
+def _inside(
+    config: RunConfig, name: str, *, tokenizer: ChatTokenizer, student: ChatTokenizer
+) -> InsideTeacher:
+    """The lead's half; the weights are those of `mopd.runtime.inside.build_engines`."""
+    section = config.teachers[name]
+    own = section.backend.type == "megatron"
+    model_dir = Path(str(section.model if own else config.student.model))
+    check_model(name, model_dir, tokenizer=tokenizer, min_length=config.rollout.max_new_tokens)
+    return InsideTeacher(
+        name,
+        model_dir,
+        tokenizer=tokenizer,
+        student=student,
+        options=InsideOptions(
+            top_k=config.distillation.top_k,
+            temperature=config.distillation.temperature,
+            privileged=section.privileged,
+        ),
+    )
 
 
 def _remote(
@@ -212,16 +234,18 @@ def protocols(
 
 
 def _check_whole_rows(config: RunConfig, name: str, *, vocab_size: int) -> None:
-    """Raises ConfigError when a step's rows would not pass through a network in reasonable time."""
-    rollout = config.rollout
+    """Raises ConfigError when a step's rows would not pass through a network in reasonable time.
+
+    Counted are answers as long as they may be, in float32.
+    """
+    rollout, limit = config.rollout, config.distillation.max_remote_gb_per_step
     answers = config.train.num_prompts_per_step * rollout.num_generations_per_prompt
     size = answers * rollout.max_new_tokens * vocab_size * 4
-    if size > MAX_WHOLE_ROWS_BYTES:
+    if size > limit * 1e9:
         raise ConfigError(
-            f"distillation.top_k: null asks teachers.{name} for up to {size / 2**30:.1f} GiB of "
-            f"whole rows a step, over {MAX_WHOLE_ROWS_BYTES / 2**30:g} GiB; give a number, lower "
-            "train.num_prompts_per_step or rollout.max_new_tokens, or set "
-            f"teachers.{name}.backend.type=hf"
+            f"distillation.top_k: null asks teachers.{name} for up to {size / 1e9:.3g} GB of whole "
+            f"rows a step, over distillation.max_remote_gb_per_step={limit:g}; give top_k a "
+            f"number, or set teachers.{name}.backend.type=megatron or hf"
         )
 
 

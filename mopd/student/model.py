@@ -46,6 +46,7 @@ class StudentModel:
     Stage v of ``chunks`` is stage v * pp_size + pp_rank of the whole model. Within
     `mopd.student.output.hidden_output` the last gives hidden states [B, L, H] in place of logits.
     Columns from `vocab_size` on belong to no token: their weights are zero and losses mask them.
+    A model that does not learn (`mopd.student.frozen`) has no ``ddp``.
     """
 
     shape: ModelShape
@@ -96,7 +97,7 @@ def build_student(
         shape, pp_size=topology.pp_size, vp_size=topology.vp_size, ep_size=topology.ep_size
     )
     frozen_parameters(section.freeze, slots)  # a wrong pattern is told before weights are read
-    padded_vocab_size = math.ceil(shape.vocab_size / topology.tp_size) * topology.tp_size
+    padded_vocab_size = padded_size(shape, topology)
     config = transformer_config(shape, section, topology)
     chunks = tuple(
         build_chunk(config, shape, topology, index=index, padded_vocab_size=padded_vocab_size)
@@ -124,6 +125,11 @@ def build_student(
         source_dir=Path(model_dir),
         adapters=adapters,
     )
+
+
+def padded_size(shape: ModelShape, topology: Topology) -> int:
+    """Columns of the logits, so that every tensor-parallel rank has as many."""
+    return math.ceil(shape.vocab_size / topology.tp_size) * topology.tp_size
 
 
 def build_chunk(

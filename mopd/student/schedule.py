@@ -53,7 +53,7 @@ def run_schedule(
 
         return _forward(model, module, layout), restored
 
-    chunks: list[torch.nn.Module] = list(model.ddp)
+    chunks: list[torch.nn.Module] = list(model.ddp or model.chunks)
     rows, length = layouts[0].tokens.shape
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,

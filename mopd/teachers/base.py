@@ -59,6 +59,14 @@ class Concurrent(Protocol):
 
 
 @runtime_checkable
+class Collective(Protocol):
+    """A teacher whose scores need all ranks of a replica: where ``collective`` is true, the loop
+    asks for them (`mopd.runtime.inside`) and the pool does not."""
+
+    collective: bool
+
+
+@runtime_checkable
 class Known(Protocol):
     """A teacher that can be told from another one, also by a later process."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mopd.config.schema import PrivilegedSection
 from mopd.errors import ConfigError
 from mopd.serving.generation import Generated, generate, sampling_stream
 from mopd.serving.models import load_causal_lm, model_fingerprint, model_limits
-from mopd.teachers.admission import nothing
+from mopd.teachers import context
 from mopd.teachers.base import TeacherInput, share_right, teacher_input, teacher_messages
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout, TeacherScores
@@ -106,46 +106,19 @@ class HfTeacher:
             scores += self._score_batch(part)
         return scores
 
-    def _room(self, prompt_ids: np.ndarray, wanted: int) -> int:
-        """Of ``wanted`` tokens behind a prompt [P], those that the model reads."""
-        if self.max_length is None:
-            return wanted
-        return max(0, min(wanted, self.max_length - len(prompt_ids)))
-
-    def _cut(self, x: TeacherInput) -> TeacherInput:
-        room = self._room(x.prompt_ids, len(x.token_ids))
-        return replace(
-            x,
-            prompt_ids=x.prompt_ids[: self.max_length],
-            token_ids=x.token_ids[:room],
-            byte_ends=x.byte_ends[:room],
-        )
-
     def _score_batch(self, whole: Sequence[TeacherInput]) -> list[TeacherScores]:
-        inputs = [self._cut(x) for x in whole]
         found: list[TeacherScores] = []
-        for x, arrays in zip(whole, self._read(inputs), strict=True):
-            rows = len(arrays["logprobs"])
-            rest = nothing(
-                len(x.token_ids) - rows,
-                self._top_k,
-                "context",
+        read = self._read([context.cut(x, self.max_length) for x in whole])
+        for x, arrays in zip(whole, read, strict=True):
+            scores, missing = context.whole_scores(
+                x,
+                {"topk_ids": None, **arrays},
+                valid=np.ones(len(arrays["logprobs"]), dtype=bool),
+                who=(self.name, self._fingerprint),
                 vocab_size=self.tokenizer.vocabulary.size,
             )
-            self.missing.update(rest.missing)
-            joined: dict[str, Any] = {"topk_ids": None}
-            for name, array in arrays.items():
-                joined[name] = np.concatenate([array, getattr(rest, name)])
-            found.append(
-                TeacherScores(
-                    teacher=self.name,
-                    model_fingerprint=self._fingerprint,
-                    token_ids=x.token_ids,
-                    byte_ends=x.byte_ends,
-                    valid=np.arange(len(x.token_ids)) < rows,
-                    **joined,
-                )
-            )
+            self.missing.update(missing)
+            found.append(scores)
         return found
 
     @torch.no_grad()
@@ -232,7 +205,7 @@ class HfTeacher:
             self.tokenizer.prompt_ids(teacher_messages(prompt, self._privileged))
             for prompt in prompts
         ]
-        rooms = [self._room(ids, max_new_tokens) for ids in read]
+        rooms = [context.room(ids, max_new_tokens, self.max_length) for ids in read]
         answers = [NO_ANSWER] * len(prompts)
         for room in sorted(set(rooms) - {0}):
             alike = [i for i, own in enumerate(rooms) if own == room]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mopd.errors import TeacherError
-from mopd.teachers.base import Concurrent, Counting, Teacher, cut_rows
+from mopd.teachers.base import Collective, Concurrent, Counting, Teacher, cut_rows
 from mopd.types import Rollout, TeacherScores
 
 GRACE_S = 0.5  # for teachers that fail together, so that the first of them in order is named
@@ -60,7 +60,8 @@ class TeacherPool:
     """Scores every rollout with the teachers its prompt names.
 
     Teachers that are `Concurrent` run in threads of their own, the others in the calling thread,
-    one after another. A wait is as long as the teachers' own deadlines.
+    one after another; those that are `Collective` are left out. A wait is as long as the teachers'
+    own deadlines.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], *, top_k: int | None = None) -> None:
@@ -79,7 +80,8 @@ class TeacherPool:
         calls = [
             _Call(name, teacher, index)
             for name, teacher in self.teachers.items()
-            if (index := [i for i, r in enumerate(rollouts) if name in r.prompt.teachers])
+            if not (isinstance(teacher, Collective) and teacher.collective)
+            and (index := [i for i, r in enumerate(rollouts) if name in r.prompt.teachers])
         ]
         try:
             _ask(calls, rollouts)

@@ -282,24 +282,10 @@ def test_interleaved_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     adapter = make_adapter(model_dir, ALL, tmp_path / "adapter")
     loss, expected = peft_gradients(model_dir, adapter)
     run = lora_run(model_dir, Layout(pp=2, vp=2), path=adapter)
-    result, got = run_ranks(gradients_of_equal_shapes, 2, run)[0]
+    result, got = run_ranks(gradients, 2, run)[0]
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert got.keys() == expected.keys()
     assert max(relative(got[key], expected[key]) for key in expected) < 1e-4
-
-
-def gradients_of_equal_shapes(run: Run) -> tuple[StepResult, Tensors]:
-    """`gradients`, while stages do not tell each other shapes."""
-    make = student_model.transformer_config
-
-    def equal_shapes(*args: Any) -> Any:
-        config = make(*args)
-        config.variable_seq_lengths = False
-        return config
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student_model, "transformer_config", equal_shapes)
-        return gradients(run)
 
 
 @pytest.mark.parametrize("name", ["tp2", "tp2-sp"])

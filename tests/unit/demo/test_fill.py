@@ -53,3 +53,12 @@ def test_own_teachers_take_the_place_of_the_worlds(cache: Path) -> None:
     words = [f"teachers.mine.model={teacher}", "teachers.mine.backend.type=vllm"]
     config = filled(cache, "mopd_ctkd_vllm", "teachers.sort=null", "teachers.upper=null", *words)
     assert set(config.teachers) == {"mine"}
+
+
+def test_a_student_that_teaches_itself_needs_no_model_of_the_world(cache: Path) -> None:
+    words = ["teachers.base.backend.type=self", "student.lora.rank=4"]
+    config = filled(cache, "mopd_kl", *words)
+    assert set(config.teachers) == {"base"} and config.teachers["base"].model is None
+    both = filled(cache, "mopd_ctkd", *words, "teachers.sort.backend.type=megatron")
+    assert set(both.teachers) == {"base", "sort"} and both.teachers["base"].model is None
+    assert both.teachers["sort"].model is not None

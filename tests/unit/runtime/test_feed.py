@@ -134,7 +134,7 @@ def run(
         ),
         spans=Spans(),
     )
-    batch = feed.take(0)
+    batch = feed.collate(feed.gather(0))
     feed.settle(0, skipped=False)
     feed.close()
     shutil.rmtree(folder)
@@ -202,3 +202,33 @@ def test_an_answer_that_no_teacher_scored_is_dropped_and_counted():
     assert batch.metrics["dropped/unscored"] == (unscored, 3)
     share = batch.metrics["scored/wordpiece"]
     assert share[0] < share[1]
+
+
+class Nobody(Pool):
+    """All of its teachers are asked elsewhere."""
+
+    def score(self, rollouts: list[Rollout]) -> list[dict]:
+        return [{} for _ in rollouts]
+
+
+@pytest.mark.parametrize("pool", [Pool, Nobody])
+def test_what_the_pool_says_again_is_compared_where_it_says_anything(pool, tmp_path: Path):
+    prompts = [Prompt(id=text, messages=(), domain="d") for text in TEXTS]
+    journal, rescored = Journal(tmp_path / "rollouts-0.jsonl"), []
+    for _ in range(2):
+        gatherer = Gatherer(
+            source=SimpleNamespace(take=lambda step: prompts),
+            sampler=Sampler(),
+            pool=pool(lambda scores: None),
+            student=STUDENT,
+            journal=journal,
+            replies=ReplyJournal(tmp_path, 0, level="digest", max_bytes=0),
+            ledger=Ledger(),
+            options=GatherOptions(
+                dp_rank=0, dp_size=1, num_generations=1, max_new_tokens=99, seed=0
+            ),
+        )
+        rescored.append(gatherer.score(0, gatherer.sample(0, version=0)).rescored)
+    journal.close()
+    assert rescored[0] is None
+    assert (rescored[1] is None) == (pool is Nobody)

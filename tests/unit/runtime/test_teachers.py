@@ -11,7 +11,6 @@ import torch
 from mopd.config.schema import RunConfig
 from mopd.demo import World
 from mopd.errors import ConfigError
-from mopd.runtime import teachers
 from mopd.runtime.teachers import build_pool
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
@@ -66,23 +65,26 @@ def test_every_type_of_server(kind: str, student: ChatTokenizer, tokenizer: Chat
 
 
 def test_whole_rows_by_the_recipe_and_their_budget(
-    student: ChatTokenizer, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+    student: ChatTokenizer, tokenizer: ChatTokenizer
 ) -> None:
     size = tokenizer.vocabulary.size
+    whole: dict[str, Any] = {"top_k": None}
     recipe: dict[str, Any] = {
-        "distillation": {"top_k": None},
         "rollout": {"max_new_tokens": 16, "num_generations_per_prompt": 2},
         "train": {"num_prompts_per_step": 4},
     }
     need = 4 * 2 * 16 * size * 4
     with StubServer(PrefixScorer(size)) as stub:
         backend = {"type": "mopd", "urls": [stub.url]}
-        monkeypatch.setattr(teachers, "MAX_WHOLE_ROWS_BYTES", need - 1)
-        with pytest.raises(ConfigError, match=r"top_k: null asks teachers\.sort.*GiB.*type=hf"):
-            build(student, tokenizer, backend=backend, **recipe)
+        less = whole | {"max_remote_gb_per_step": (need - 1) / 1e9}
+        with pytest.raises(ConfigError) as caught:
+            build(student, tokenizer, backend=backend, distillation=less, **recipe)
+        line = str(caught.value)
+        assert line.startswith("distillation.top_k: null asks teachers.sort for up to ")
+        assert f"{need / 1e9:.3g} GB" in line and "type=megatron or hf" in line
         assert not stub.requests
-        monkeypatch.setattr(teachers, "MAX_WHOLE_ROWS_BYTES", need)
-        pool = build(student, tokenizer, backend=backend, **recipe)
+        enough = whole | {"max_remote_gb_per_step": need / 1e9}
+        pool = build(student, tokenizer, backend=backend, distillation=enough, **recipe)
         (found,) = pool.score([make_rollout_of(student, b"bo 12")])
         assert found["sort"].topk_ids is None
         assert found["sort"].topk_logprobs.shape[1] == size

@@ -186,3 +186,10 @@ def test_a_note_that_a_crash_cut_is_dropped(tmp_path: Path) -> None:
         journal(tmp_path).read(1, ANSWERS) is not None
         and journal(tmp_path).read(0, ANSWERS) is not None
     )
+
+
+def test_a_step_that_no_teacher_was_asked_about(tmp_path: Path) -> None:
+    nobody: list[dict[str, TeacherScores]] = [{} for _ in ANSWERS]
+    journal(tmp_path).append(3, ANSWERS, Replies(scores=nobody, missing={}))
+    found = journal(tmp_path).read(3, ANSWERS)
+    assert found is not None and found.scores == nobody

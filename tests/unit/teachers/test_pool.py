@@ -78,6 +78,21 @@ def test_teachers_behind_servers_are_asked_at_the_same_time(chat: ChatTokenizer)
     assert no_threads_asking()
 
 
+class Everywhere(Here):
+    """Its scores need all ranks."""
+
+    collective = True
+
+
+def test_teachers_that_need_all_ranks_are_left_out(chat: ChatTokenizer) -> None:
+    def never() -> None:
+        raise AssertionError
+
+    teachers = {"a": Everywhere("a", chat, never), "b": Here("b", chat, nothing)}
+    found = TeacherPool(teachers).score(rollouts(chat, "a", "b"))
+    assert list(found[0]) == ["b"]
+
+
 def test_the_order_is_the_pools_and_not_that_of_arrival(chat: ChatTokenizer) -> None:
     later = threading.Event()
     teachers = {
