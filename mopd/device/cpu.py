@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -98,6 +99,8 @@ class CpuDevice:
         for symbol in _SCOPED_FUNCTIONS:
             owner, name = resolve(symbol)
             setattr(owner, name, _scoped(getattr(owner, name)))
+        # It warns where the host's generator moves inside a device's; here they are one.
+        logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
 
 def resolve(symbol: str) -> tuple[Any, str]:

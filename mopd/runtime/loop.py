@@ -69,6 +69,7 @@ def train(run: Run, sink: Sink) -> Summary:
     started = time.perf_counter()
     state = _resume(run, sink)
     config, seconds_before = run.config, state.seconds
+    saver = _saver(run)
     text = probe_ids(run.tokenizer)
     _push(run, state.step, text)
     if not state.evaluations and (run.heldout or run.validation):
@@ -96,8 +97,11 @@ def train(run: Run, sink: Sink) -> Summary:
         found = _evaluate(run, sink, state) if is_due(config, state.step) else None
         state.seconds = seconds_before + time.perf_counter() - started
         if _save_is_due(config, state, evaluated=found is not None):
-            _save(run, state, score=found.score(config.evaluate.metric) if found else None)
+            score = found.score(config.evaluate.metric) if found else None
+            _save(run, state, saver, score=score)
+        saver.check()
         run.finished()
+    saver.close()
     return _finish(run, sink, state, started=started, seconds_before=seconds_before)
 
 
@@ -135,8 +139,13 @@ def _resume(run: Run, sink: Sink) -> State:
     latest = checkpoint.find_latest(run.directory / "checkpoints")
     state = State()
     if latest is not None:
-        state = State(**checkpoint.load(latest, student=run.student))
+        restored = checkpoint.load(
+            latest, student=run.student, seed=config.run.seed, verify=config.checkpoint.verify
+        )
+        state = State(**restored.state)
         sink.note(f"continuing from step {state.step}, the last checkpoint")
+        if restored.reseeded:
+            sink.note("another layout wrote it: the random generators start from seed and step")
     sink.truncate_from(state.step)
     if run.feed is None:
         return state
@@ -172,17 +181,22 @@ def _save_is_due(config: RunConfig, state: State, *, evaluated: bool) -> bool:
     return last or candidate or state.step % config.checkpoint.save_interval == 0
 
 
-def _save(run: Run, state: State, *, score: float | None = None) -> None:
-    """``score`` is that of an evaluation of these very weights, the higher the better."""
-    del score  # the one place where it is handed on: `Saver.save(state, score=score)`
-    state.chunks = _chunks(run)
-    state.ledger = _ledger(run)
-    checkpoint.save(
+def _saver(run: Run) -> checkpoint.Saver:
+    section = run.config.checkpoint
+    return checkpoint.Saver(
         run.directory / "checkpoints",
         student=run.student,
-        state=state.to_json(),
-        keep_last=run.config.checkpoint.keep_last,
+        keep_last=section.keep_last,
+        keep_best=section.keep_best,
+        async_save=section.async_save,
     )
+
+
+def _save(run: Run, state: State, saver: checkpoint.Saver, *, score: float | None = None) -> None:
+    """``score`` is that of an evaluation of these very weights, the higher the better."""
+    state.chunks = _chunks(run)
+    state.ledger = _ledger(run)
+    saver.save(state.to_json(), score=score)
     if run.feed is not None:
         run.feed.books.replies.prune(checkpoint.oldest_step(run.directory / "checkpoints"))
 

@@ -31,13 +31,16 @@ _REACHED = (
     *("tolerance", "canary_interval", "probe_tolerance", "sync_dir", "weight_sync"),
     "memory_fraction",
 )
-# Keys that may differ when a run is continued: they change nothing that is computed.
+# Keys that may differ when a run is continued: they change nothing that is computed, but for
+# rounding where the layout differs.
 _FREE = (
     ("run", "overwrite"),
     ("run", "threads"),
     ("run", "stall_s"),
     ("logging",),
     ("checkpoint",),
+    ("student", "parallel"),
+    ("student", "optimizer", "use_distributed_optimizer"),
     ("journal",),
     *(("teachers", "*", "backend", key) for key in (*_REACHED, "offload")),
     *(("rollout", "backend", key) for key in _REACHED),

@@ -1,228 +1,300 @@
-"""Checkpoints of a training run: safetensors and JSON, published whole or not at all.
+"""Checkpoints of a training run: written in any layout, read in any other, published whole.
 
-`<dir>/step-000050/` holds `shard-tp0-pp0.safetensors` (weights and optimizer state of one place in
-the replica), `rng-0.safetensors` per rank, `state.json` and `manifest.json` with the SHA-256 of the
-rest. `<dir>/latest` names the newest. All ranks must see `<dir>` on one file system.
+`<dir>/step-000050/` holds `rank-<r>.safetensors` per rank (what it is the main holder of, and its
+generators), `index.json` (where the parts of a tensor are), `state.json`, and the manifest
+(`mopd.student.manifest`). All ranks must see `<dir>` on one file system.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from mopd.errors import ArtifactError
-from mopd.student.files import (
-    fsync_directory,
-    fsync_file,
-    replace_directory,
-    replace_file,
-    sha256,
-    write_bytes,
+from mopd.student import manifest as manifests
+from mopd.student.manifest import (
+    INDEX,
+    STATE,
+    CheckpointInfo,
+    find_latest,
+    list_checkpoints,
+    newest_intact,
+    oldest_step,
+    verify,
 )
 from mopd.student.parallel import Topology
-from mopd.student.rng import capture_rng, restore_rng
+from mopd.student.rng import capture_rng, reseed, restore_rng
+from mopd.student.save_job import SaveJob, host_copy, rank_file
+from mopd.student.shard_files import PieceReader
+from mopd.student.sharded import describe, optimizer_step, set_optimizer_step
 from mopd.student.step import Companion, Student
 
-FORMAT = 1
-_STEP = re.compile(r"step-(\d{6,})")
+__all__ = [
+    "CheckpointInfo",
+    "Restored",
+    "Saver",
+    "find_latest",
+    "list_checkpoints",
+    "load",
+    "oldest_step",
+    "verify",
+]
 
 
-def save(directory: Path, *, student: Student, state: dict[str, Any], keep_last: int) -> Path:
-    """Publish `<directory>/step-<state["step"]>` and prune older ones. Collective over all ranks.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """The loop's state. ``reseeded``: another layout wrote it, so the generators start anew."""
 
-    `state` is what the loop wants back from `load`: JSON values, with the step under "step".
+    state: dict[str, Any]
+    reseeded: bool
+
+
+class Saver:
+    """Saves checkpoints into ``directory``, on request in the background.
+
+    Besides the ``keep_last`` newest the ``keep_best`` of the best score stay. With ``async_save``
+    a thread of every rank writes from a copy in host memory, and that of rank 0 publishes once
+    all ranks have written; the ranks meet in files, never in a collective of a thread.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        student: Student,
+        keep_last: int,
+        keep_best: int = 0,
+        async_save: bool = False,
+    ) -> None:
+        self._directory = directory
+        self._student = student
+        self._keep = {"keep_last": keep_last, "keep_best": keep_best}
+        self._async = async_save
+        self._job: SaveJob | None = None  # under way; None on all ranks or on none
+
+    def save(self, state: dict[str, Any], *, score: float | None = None) -> None:
+        """Publish `<directory>/step-<state["step"]>` and prune older ones. Collective.
+
+        `state` is what `load` gives back: JSON values, with the step under "step". ``score``:
+        higher is better. An earlier save is waited for first. Raises ArtifactError, on every rank,
+        when that one or, without ``async_save``, this one cannot be written.
+        """
+        self._wait()
+        self._job = job = self._begin(state, score)
+        if self._async:
+            job.start()
+            return
+        self._agree(job.write())
+        self._agree(job.publish())
+        self._job = None
+
+    def check(self) -> None:
+        """Raises ArtifactError, on every rank, when a save in the background went wrong.
+
+        Collective while a save is under way, and then a few bytes; nothing otherwise.
+        """
+        if self._job is None:
+            return
+        reports = _gather((self._job.is_running(), self._job.problem))
+        self._refuse([problem for _, problem in reports])
+        if not any(running for running, _ in reports):
+            self._job = None
+
+    def close(self) -> None:
+        """Waits until everything is published, or raises as `check`. Collective."""
+        self._wait()
+
+    def _wait(self) -> None:
+        while self._job is not None:
+            self._job.join(seconds=0.05)
+            self.check()
+
+    def _agree(self, problem: str | None) -> None:
+        self._refuse(_gather(problem))
+
+    def _refuse(self, problems: list[str | None]) -> None:
+        for problem in problems:
+            if problem is not None:
+                if self._job is not None:
+                    self._job.abandon()
+                    self._job = None
+                raise ArtifactError(problem)
+
+    def _begin(self, state: dict[str, Any], score: float | None) -> SaveJob:
+        """The snapshot; the directory for it is there on every rank when this returns."""
+        student, topology = self._student, self._student.model.topology
+        shards = [s for s in describe(student.model, student.optimizer) if s.is_main]
+        tensors, values = capture_rng()
+        extra = {f"rng.{name}": tensor for name, tensor in tensors.items()}
+        extra |= _companion_tensors(student)
+        job = SaveJob(
+            directory=self._directory,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            header={"step": state["step"], "score": score, "layout": layout_of(topology)},
+            keep=self._keep,
+            shards=[host_copy(shard, is_lasting=self._async) for shard in shards],
+            extra={name: tensor.detach().cpu().clone() for name, tensor in extra.items()},
+        )
+        reports = _gather((job.prepare(), optimizer_step(student.optimizer), values))
+        self._refuse([problem for problem, _, _ in reports])
+        job.content = {
+            "state": json.loads(json.dumps(state)),  # as it is now
+            "scheduler": student.scheduler.state_dict(),
+            "optimizer_step": max(step for _, step, _ in reports),
+            "generators": [values for _, _, values in reports],
+        }
+        return job
+
+
+def load(path: Path, *, student: Student, seed: int, verify: bool = True) -> Restored:
+    """Restore weights, optimizer, schedule and generators from a checkpoint of any layout.
+
+    Collective. With ``verify`` all ranks together read every byte of every file first. Generators
+    are restored rank by rank where the layout is the one that wrote them; otherwise they are
+    seeded anew by (``seed``, the step, the pipeline stage).
+
+    Raises ArtifactError, on every rank, when a file is damaged or something is missing in it.
     """
     topology = student.model.topology
-    target = directory / f"step-{state['step']:06d}"
-    part = target.with_name(target.name + ".part")
-    if topology.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    dist.barrier()
-    digests: list[dict[str, str]] = [{} for _ in range(topology.world_size)]
-    dist.all_gather_object(digests, _write_own_files(part, student))
-    if topology.rank == 0:
-        content = {"state": state, "scheduler": student.scheduler.state_dict()}
-        write_bytes(part / "state.json", _json(content))
-        files = {name: digest for own in digests for name, digest in own.items()}
-        files["state.json"] = sha256(part / "state.json")
-        manifest = {"format": FORMAT, "layout": _layout(topology), "files": files}
-        write_bytes(part / "manifest.json", _json(manifest))
-        fsync_directory(part)
-        replace_directory(part, target)
-        replace_file(directory / "latest", target.name.encode())
-        _prune(directory, keep_last)
-    dist.barrier()
-    return target
-
-
-def load(path: Path, *, student: Student) -> dict[str, Any]:
-    """Restore weights, optimizer, schedule and generators; the loop's `state`. Collective.
-
-    Raises ArtifactError, on every rank, when a file is damaged or of another layout.
-    """
-    topology = student.model.topology
-    problem = _problem(path, topology)
-    problems: list[str | None] = [None] * topology.world_size
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise ArtifactError(found)
-    device = str(topology.device)
-    with safe_open(path / _shard_name(topology), framework="pt", device=device) as file:
-        _load_shard({name: file.get_tensor(name) for name in file.keys()}, student)  # noqa: SIM118
-    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    share = (topology.rank, topology.world_size)
+    _agree_on(path, lambda: manifests.problem(path, share=share, contents=verify))
+    manifest = manifests.read_manifest(path)
+    content = json.loads((path / STATE).read_text(encoding="utf-8"))
+    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    same_layout = manifest["layout"] == layout_of(topology)
+    with PieceReader(path, index) as reader:
+        _agree_on(path, lambda: _mismatch(path, reader, student, manifest["layout"]))
+        _agree_on(path, lambda: _fill(reader, student))
+        if same_layout:
+            names = [n for n in reader.names(rank_file(topology.rank)) if n.startswith("rng.")]
+            tensors = {
+                name.removeprefix("rng."): reader.whole(rank_file(topology.rank), name)
+                for name in names
+            }
+            restore_rng(tensors, content["generators"][topology.rank])
+        else:
+            reseed(seed, step=manifest["step"], pp_rank=topology.pp_rank)
+    set_optimizer_step(student.optimizer, content["optimizer_step"])
     # Megatron adds the saved count of steps to the present one.
     student.scheduler.num_steps = 0
     student.scheduler.load_state_dict(content["scheduler"])
-    with safe_open(path / _rng_name(topology), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        restore_rng(tensors, json.loads(file.metadata()["values"]))
-    return content["state"]
+    return Restored(state=content["state"], reseeded=not same_layout)
 
 
-def find_latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint, or None. Raises ArtifactError if `latest` points nowhere."""
-    pointer = directory / "latest"
-    if not pointer.exists():
-        return None
-    path = directory / pointer.read_text(encoding="utf-8").strip()
-    if not (path / "manifest.json").exists():
-        raise ArtifactError(
-            f"{pointer} names {path.name}, which has no manifest.json; write the name of an older "
-            f"checkpoint into {pointer}, or delete it to start afresh"
-        )
-    return path
+def layout_of(topology: Topology) -> dict[str, int]:
+    """Sizes of the parallel axes: what decides which generators belong to a rank."""
+    return {
+        "tensor": topology.tp_size,
+        "pipeline": topology.pp_size,
+        "virtual": topology.vp_size,
+        "context": topology.cp_size,
+        "expert": topology.ep_size,
+        "data": topology.dp_size,
+    }
 
 
-def oldest_step(directory: Path) -> int:
-    """The step of the oldest checkpoint that is kept; 0 where there is none."""
-    found = [_STEP.fullmatch(path.name) for path in directory.glob("step-*")]
-    return min((int(match[1]) for match in found if match), default=0)
-
-
-def _write_own_files(part: Path, student: Student) -> dict[str, str]:
-    """This rank's files and their digests."""
+def _fill(reader: PieceReader, student: Student) -> str | None:
+    with torch.no_grad():
+        for shard in describe(student.model, student.optimizer):
+            reader.fill(shard.data, key=shard.key, offset=shard.offset)
     topology = student.model.topology
-    tensors, values = capture_rng()
-    names = [_rng_name(topology)]
-    save_file(tensors, part / names[0], metadata={"values": json.dumps(values)})
-    if topology.dp_rank == 0 and topology.cp_rank == 0:
-        names.append(_shard_name(topology))
-        save_file(_shard_tensors(student), part / names[1])
-    for name in names:
-        fsync_file(part / name)
-    return {name: sha256(part / name) for name in names}
-
-
-def _shard_tensors(student: Student) -> dict[str, torch.Tensor]:
-    """`model.<name>`, `main.<name>` where it differs, `optim.<key>.<name>` of every parameter,
-    `companion.<owner>.<name>` of what is trained beside them."""
-    tensors = {}
-    states = student.optimizer.optimizer.state
-    for name, parameter in student.model.named_parameters():
-        main = getattr(parameter, "main_param", parameter)
-        tensors["model." + name] = parameter.detach().contiguous()
-        if main is not parameter:
-            tensors["main." + name] = main.detach().contiguous()
-        for key, value in states.get(main, {}).items():
-            tensors[f"optim.{key}.{name}"] = value.detach().contiguous()
     for owner, companion in _companions(student).items():
-        for name, array in companion.state().items():
-            tensors[f"companion.{owner}.{name}"] = torch.from_numpy(array)
-    return tensors
+        arrays = {}
+        for name in companion.state():
+            key = _companion_key(owner, name, topology)
+            file = reader.file_of(key)
+            assert file is not None  # or `_mismatch` had said so
+            arrays[name] = reader.whole(file, key).numpy()
+        companion.restore(arrays)
+    return None
+
+
+def _mismatch(
+    path: Path, reader: PieceReader, student: Student, layout: Mapping[str, int]
+) -> str | None:
+    """Why this model cannot be filled from the checkpoint, or None."""
+    for shard in describe(student.model, student.optimizer):
+        trouble = reader.missing(shard.key, whole=shard.whole, dtype=shard.data.dtype)
+        if trouble is not None:
+            return (
+                f"{path} {trouble}: another model, student.dtype, student.lora or student.freeze "
+                "wrote it; set them as they were, or start afresh with another run.name"
+            )
+    topology = student.model.topology
+    for owner, companion in _companions(student).items():
+        for name in companion.state():
+            if reader.file_of(_companion_key(owner, name, topology)):
+                continue
+            if layout["tensor"] != topology.tp_size:
+                return (
+                    f"{path} has the learned projection of {owner} in {layout['tensor']} tensor-"
+                    f"parallel parts; set student.parallel.tensor_model_parallel_size="
+                    f"{layout['tensor']}"
+                )
+            return (
+                f"{path} has no learned projection of {owner}: it was written without "
+                "ctkd.learned; set ctkd.learned.enabled=false, or start afresh"
+            )
+    return None
 
 
 def _companions(student: Student) -> Mapping[str, Companion]:
     return student.companions.members if student.companions is not None else {}
 
 
-def _load_shard(tensors: dict[str, torch.Tensor], student: Student) -> None:
-    states = student.optimizer.optimizer.state
-    with torch.no_grad():
-        for name, parameter in student.model.named_parameters():
-            main = getattr(parameter, "main_param", parameter)
-            parameter.copy_(tensors["model." + name])
-            if main is not parameter:
-                main.copy_(tensors["main." + name])
-            states[main] = {
-                key.split(".")[1]: value.clone()
-                for key, value in tensors.items()
-                if key.startswith("optim.") and key.split(".", 2)[2] == name
-            }
-    for owner, companion in _companions(student).items():
-        prefix = f"companion.{owner}."
-        own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        if not own:
-            raise ArtifactError(
-                f"the checkpoint has no learned projection of {owner}: it was written without "
-                "ctkd.learned; set ctkd.learned.enabled=false, or start afresh"
-            )
-        companion.restore({name: tensor.cpu().numpy() for name, tensor in own.items()})
-
-
-def _problem(path: Path, topology: Topology) -> str | None:
-    """Why this rank cannot load `path`, or None."""
-    remedy = f"delete {path} and resume from an older checkpoint"
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return (
-                f"{path} has format {manifest['format']}, not {FORMAT}; use the mopd that wrote it"
-            )
-        if manifest["layout"] != _layout(topology):
-            return (
-                f"{path} was written with {manifest['layout']}, this run has {_layout(topology)}; "
-                "resume with the same sizes"
-            )
-        for name in (_shard_name(topology), _rng_name(topology), "state.json"):
-            if sha256(path / name) != manifest["files"][name]:
-                return f"{path / name} does not match its SHA-256 in the manifest; {remedy}"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{path} cannot be read ({error!r}); {remedy}"
-    return None
-
-
-def _layout(topology: Topology) -> dict[str, int]:
+def _companion_tensors(student: Student) -> dict[str, torch.Tensor]:
+    """What is trained beside the model, of the last stage: the only one that trains it."""
+    topology = student.model.topology
+    if not topology.is_last_stage or topology.dp_rank or topology.cp_rank:
+        return {}
     return {
-        "tensor": topology.tp_size,
-        "pipeline": topology.pp_size,
-        "context": topology.cp_size,
-        "data": topology.dp_size,
+        _companion_key(owner, name, topology): torch.from_numpy(array)
+        for owner, companion in _companions(student).items()
+        for name, array in companion.state().items()
     }
 
 
-def _shard_name(topology: Topology) -> str:
-    return f"shard-tp{topology.tp_rank}-pp{topology.pp_rank}.safetensors"
+def _companion_key(owner: str, name: str, topology: Topology) -> str:
+    return f"companion.{owner}.{name}.{topology.tp_rank}-of-{topology.tp_size}"
 
 
-def _rng_name(topology: Topology) -> str:
-    return f"rng-{topology.rank}.safetensors"
+def _gather(value: Any) -> list[Any]:
+    """The value of every rank, on every rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+def _agree_on(path: Path, attempt: Callable[[], str | None]) -> None:
+    """Raises ArtifactError on every rank where ``attempt`` finds a problem on one of them.
 
-
-def _prune(directory: Path, keep_last: int) -> None:
-    """Keep the newest `keep_last` checkpoints; leftovers of crashed saves go too."""
-    steps = {}
-    for path in directory.iterdir():
-        match = _STEP.match(path.name)
-        if match is None:
-            continue
-        if match.end() < len(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            steps[int(match[1])] = path
-    for step in sorted(steps)[:-keep_last]:
-        shutil.rmtree(steps[step])
+    The line names the checkpoint that comes next, if there is one that is intact.
+    """
+    try:
+        problem = attempt()
+    except ArtifactError as error:
+        problem = str(error)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        problem = f"{path} cannot be read ({error!r})"
+    first = next((found for found in _gather(problem) if found is not None), None)
+    if first is None:
+        return
+    older = None
+    if dist.get_rank() == 0:
+        older = newest_intact(path.parent, before=manifests.step_of(path))
+    older = _gather(older)[0]
+    if "student." in first or "ctkd." in first:  # has its remedy
+        raise ArtifactError(first)
+    raise ArtifactError(
+        f"{first}; delete {path}: {older.name} is intact and comes next"
+        if older is not None
+        else f"{first}; no older checkpoint is intact: delete {path.parent} to start afresh"
+    )

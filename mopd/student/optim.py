@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import megatron.core.optimizer
 import torch
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
+    distrib_optimizer,
     get_megatron_optimizer,
 )
 from megatron.core.optimizer import optimizer as megatron_optimizer
@@ -14,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mopd.config.schema import OptimizerSection
 from mopd.errors import ConfigError
+from mopd.student.adam import Adam
 from mopd.student.model import StudentModel
 
 
@@ -31,22 +37,24 @@ def build_optimizer(
             f"student.optimizer.min_lr ({section.min_lr}) is above lr ({section.lr}); lower it"
         )
     is_bf16 = model.dtype == torch.bfloat16
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=section.lr,
-            min_lr=section.min_lr,
-            weight_decay=section.weight_decay,
-            adam_beta1=section.adam_beta1,
-            adam_beta2=section.adam_beta2,
-            adam_eps=section.adam_eps,
-            clip_grad=section.clip_grad,
-            bf16=is_bf16,
-            params_dtype=model.dtype,
-            use_distributed_optimizer=section.use_distributed_optimizer,
-        ),
-        list(model.ddp),
-    )
+    with _own_adam():
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=section.lr,
+                min_lr=section.min_lr,
+                weight_decay=section.weight_decay,
+                adam_beta1=section.adam_beta1,
+                adam_beta2=section.adam_beta2,
+                adam_eps=section.adam_eps,
+                clip_grad=section.clip_grad,
+                bf16=is_bf16,
+                params_dtype=model.dtype,
+                use_distributed_optimizer=section.use_distributed_optimizer,
+            ),
+            list(model.ddp),
+        )
+    _detach_shards(optimizer)
     warmup_steps = round(section.lr_warmup_fraction * total_steps)
     decay_steps = round(section.lr_decay_fraction * total_steps)
     scheduler = OptimizerParamScheduler(
@@ -87,3 +95,41 @@ def clip_gradients(optimizer: MegatronOptimizer, max_norm: float) -> float:
                 parameters, max_norm=max_norm, total_norm=norm
             )
     return norm
+
+
+def _detach_shards(optimizer: MegatronOptimizer) -> None:
+    """Make the distributed optimizer's float32 shards leaves: torch warns at `grad` of others.
+
+    Megatron slices them off the parameters themselves. The memory stays the parameter's.
+    """
+    chained = isinstance(optimizer, ChainedOptimizer)
+    for inner in optimizer.chained_optimizers if chained else [optimizer]:
+        if not isinstance(inner, distrib_optimizer.DistributedOptimizer) or inner.is_stub_optimizer:
+            continue
+        leaves = {}
+        for shard in (shard for group in inner.shard_fp32_groups for shard in group):
+            leaves[id(shard)] = leaf = shard.detach()
+            leaf.__dict__.update(shard.__dict__)  # Megatron's marks
+        lists = [group["params"] for group in inner.optimizer.param_groups]
+        for members in (*inner.shard_fp32_groups, *lists):
+            members[:] = [leaves.get(id(member), member) for member in members]
+
+
+@contextmanager
+def _own_adam() -> Iterator[None]:
+    """Within it Megatron builds `Adam` where it would take torch's.
+
+    With Transformer Engine or Apex installed their fused Adam stays: same state, same arithmetic.
+    """
+    core = megatron.core.optimizer
+    if not core.USING_PYTORCH_OPTIMIZER:
+        yield
+        return
+    before = core.Adam, distrib_optimizer.Adam
+    core.USING_PYTORCH_OPTIMIZER = False  # its branch ignores the global Adam
+    core.Adam = distrib_optimizer.Adam = Adam  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        core.USING_PYTORCH_OPTIMIZER = True
+        core.Adam, distrib_optimizer.Adam = before

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 _TRACKER = "tracker."
@@ -54,3 +54,17 @@ def restore_rng(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> Non
     np.random.set_state((kind, keys, position, has_gauss, gauss))
     version, gauss_next = values["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss_next))
+
+
+def reseed(seed: int, *, step: int, pp_rank: int) -> None:
+    """Seed every generator by the run's seed, the step and the pipeline stage.
+
+    For a checkpoint of another layout, whose generators belong to ranks that are no more. Megatron
+    gives tensor-parallel ranks different streams of one seed.
+    """
+    state = np.random.SeedSequence([seed, step, pp_rank]).generate_state(1)
+    number = int(state[0]) >> 1  # numpy takes 32 bits, Megatron adds to it
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+    model_parallel_cuda_manual_seed(number)

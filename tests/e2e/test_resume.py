@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mopd.demo import World
+from mopd.student.checkpoint import list_checkpoints
 from mopd.tokens.chat import ChatTokenizer
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import launch, start, step_lines, summary, train_here, words
@@ -170,6 +171,35 @@ def test_replies_of_another_layout_are_not_taken(tiny_world: World, tmp_path: Pa
         "replies-0.jsonl",
         "rollouts-0.jsonl",
     ]
+
+
+@pytest.mark.e2e
+def test_a_run_continues_in_another_layout(tiny_world: World, tmp_path: Path) -> None:
+    """Two tensor-parallel ranks that save in the background; then two replicas, split optimizer."""
+    keys = {"train__steps": 6, "checkpoint__save_interval": 2, "checkpoint__keep_last": 3}
+    keys["checkpoint__async_save"] = "true"
+    whole = words(tiny_world, tmp_path, "whole", **keys)
+    run_ranks(train_here, 1, "mopd_ctkd", whole, timeout=120)
+    expected = step_lines(tmp_path / "whole")
+    replay = {
+        "rollout__backend__type": "replay",
+        "rollout__backend__path": tmp_path / "whole" / "journal",
+    }
+    overrides = words(tiny_world, tmp_path, "moved", **keys, **replay)
+    split = "student.parallel.tensor_model_parallel_size=2"
+    run_ranks(train_here, 2, "mopd_ctkd", [*overrides, split], timeout=120)
+    run = tmp_path / "moved"
+    found = [info.step for info in list_checkpoints(run / "checkpoints")]
+    assert found == [2, 4, 6]
+    (run / "checkpoints" / "latest").write_text("step-000002")
+    (run / "summary.json").unlink()
+    other = "student.optimizer.use_distributed_optimizer=true"
+    run_ranks(train_here, 2, "mopd_ctkd", [*overrides, other], timeout=120)
+    lines = step_lines(run)
+    assert [line["step"] for line in lines] == list(range(6))
+    losses = [line["loss"] for line in expected]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
+    assert list_checkpoints(run / "checkpoints")[-1].layout["data"] == 2
 
 
 @pytest.mark.e2e

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mopd.student", "mopd.rollout", "mopd.teachers"),
     ("mopd.align", "mopd.projection", "mopd.losses", "mopd.serving"),
     ("mopd.tokens", "mopd.config", "mopd.device", "mopd.metrics"),
-    ("mopd.types", "mopd.errors"),
+    ("mopd.types", "mopd.errors", "mopd.fault_points"),
     ("mopd",),
 )
 DEPTH = {package: depth for depth, group in enumerate(LAYERS) for package in group}
