@@ -60,6 +60,13 @@ def check_config(config: RunConfig, *, world_size: int) -> None:
         raise ConfigError(printable(problem))
 
 
+def check_objective(config: RunConfig) -> None:
+    """Raise ConfigError at the first mistake in the teachers and the losses alone."""
+    problem = next(chain(_teachers(config), _backends(config), check_losses(config)), None)
+    if problem is not None:
+        raise ConfigError(printable(problem))
+
+
 def _teachers(config: RunConfig) -> Iterator[str]:
     teachers = config.teachers
     if not teachers:

@@ -36,6 +36,7 @@ _TORCH_VIEWS = (
     "megatron.core.tensor_parallel.layers",
     "megatron.core.tensor_parallel.mappings",
     "megatron.core.tensor_parallel.random",
+    "megatron.core.transformer.utils",
     "megatron.core.utils",
 )
 # Functions that read or write the CUDA generator; random.py gets the host's generator instead.

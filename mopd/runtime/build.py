@@ -10,16 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from mopd.config.model_shape import read_model_config
-from mopd.config.schema import RunConfig, StudentSection, TeacherSection
+from mopd.config.schema import RunConfig
 from mopd.device import get_device
-from mopd.errors import ArtifactError, ConfigError
-from mopd.losses.head import DistillationHead
-from mopd.losses.vocab import VocabShard
+from mopd.errors import ConfigError
 from mopd.metrics.span import Spans
-from mopd.projection import ProjectionStore
 from mopd.rollout.base import Sampler
 from mopd.runtime.build_feed import build_eval_feed, build_feed
 from mopd.runtime.data import Router, check_answers, check_chats, read_prompts
@@ -27,13 +23,9 @@ from mopd.runtime.eval_feed import EvalFeed
 from mopd.runtime.feed import Feed
 from mopd.runtime.inside import InsideTeachers, build_engines
 from mopd.runtime.learned import learned_companions
-from mopd.runtime.objective import teacher_terms
+from mopd.runtime.parts import Tokenizers, build_head, load_pairs, load_tokenizers
 from mopd.runtime.payloads import (
     Pair,
-    active_teachers,
-    loss_name,
-    pairs,
-    projection_options,
 )
 from mopd.runtime.sampler import build_sampler
 from mopd.runtime.servers import Servers
@@ -44,7 +36,7 @@ from mopd.student.parallel import TIMEOUT, Topology, initialize
 from mopd.student.step import Student
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
-from mopd.types import Projection, Prompt
+from mopd.types import Prompt
 
 SMALL_HIDDEN_SIZE = 256
 
@@ -75,12 +67,6 @@ class Run:
     finished: Callable[[], None] = lambda: None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tokenizers:
-    student: ChatTokenizer
-    teachers: Mapping[str, ChatTokenizer]
-
-
 def build_run(config: RunConfig) -> Run:
     """Joins the process group and builds this rank's parts. Collective over all ranks.
 
@@ -101,8 +87,7 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
     router = Router(config.teachers, config.distillation)
     assert config.data.path is not None and config.student.model is not None
     data = _read_data(config, router)
-    tokenizers = _load_tokenizers(config)
-    _check_tokenizers(config, tokenizers)
+    tokenizers = load_tokenizers(config)
     for key, rows in data.items():
         check_chats(
             key, rows, config=config, student=tokenizers.student, teachers=tokenizers.teachers
@@ -113,7 +98,7 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
     topology = initialize(
         config.student.parallel, backend=backend, seed=config.run.seed, timeout=_patience(config)
     )
-    found = _pairs(config, tokenizers, topology)
+    found = load_pairs(config, tokenizers, topology)
     model = build_student(config.student, topology=topology, seed=config.run.seed)
     student = _student(config, model, tokenizers, found)
     engines = build_engines(config, model, tokenizers.teachers)
@@ -140,7 +125,10 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
         eval_feed = build_eval_feed(
             config,
             found,
-            prompts=[*data["data.heldout_path"], *data["data.validation_path"]],
+            domains={
+                prompt.domain
+                for prompt in (*data["data.heldout_path"], *data["data.validation_path"])
+            },
             sampler=sampler,
             pool=pool,
             tokenizers=(tokenizers.student, tokenizers.teachers),
@@ -211,90 +199,24 @@ def _read_data(config: RunConfig, router: Router) -> dict[str, list[Prompt]]:
     return found
 
 
-def _load_tokenizers(config: RunConfig) -> _Tokenizers:
-    student = _tokenizer("student", config.student)
-    return _Tokenizers(
-        student=student,
-        teachers={
-            name: student
-            if teacher.backend.type == "self"
-            else _tokenizer(f"teachers.{name}", teacher)
-            for name, teacher in active_teachers(config).items()
-        },
-    )
-
-
-def _tokenizer(key: str, section: StudentSection | TeacherSection) -> ChatTokenizer:
-    path = str(section.tokenizer or section.model)
-    try:
-        found = ChatTokenizer.load(path, eos_token=section.eos_token)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from error
-    found.check_end(key)
-    return found
-
-
-def _check_tokenizers(config: RunConfig, tokenizers: _Tokenizers) -> None:
-    own = tokenizers.student.vocabulary.fingerprint
-    for name, teacher in active_teachers(config).items():
-        same = tokenizers.teachers[name].vocabulary.fingerprint == own
-        if loss_name(config, teacher) == "kl" and not same:
-            raise ConfigError(
-                f"teachers.{name}.loss=kl needs the student's own tokenizer, and this teacher has "
-                "another one; use ctkd or gold"
-            )
-
-
-def _pairs(config: RunConfig, tokenizers: _Tokenizers, topology: Topology) -> dict[str, Pair]:
-    """One rank builds what is missing, the others read it; all stay on the CPU."""
-    store = ProjectionStore(Path(config.cache_dir) / "projections")
-    options = projection_options(config)
-    student = tokenizers.student.vocabulary
-    teachers = {name: chat.vocabulary for name, chat in tokenizers.teachers.items()}
-    sections = active_teachers(config)
-    needed = [n for n, t in sections.items() if loss_name(config, t) not in ("kl", "opd")]
-
-    def get(name: str) -> Projection:
-        path = sections[name].projection_matrix_path
-        try:
-            return store.get(student, teachers[name], options, path=path)
-        except ArtifactError as error:
-            if path is None:
-                raise
-            raise ConfigError(f"teachers.{name}.projection_matrix_path: {error}") from error
-
-    def read() -> dict[str, Projection]:
-        return {name: get(name) for name in needed}
-
-    found = read() if topology.rank == 0 else {}
-    dist.barrier()
-    return pairs(config, found or read(), student=student, teachers=teachers)
-
-
 def _student(
     config: RunConfig,
     model: StudentModel,
-    tokenizers: _Tokenizers,
+    tokenizers: Tokenizers,
     found: Mapping[str, Pair],
 ) -> Student:
-    topology = model.topology
-    size = model.padded_vocab_size // topology.tp_size
-    start = topology.tp_rank * size
     vocab_size = tokenizers.student.vocabulary.size
     if vocab_size > model.vocab_size:
         raise ConfigError(
             f"student.tokenizer has {vocab_size} tokens and student.model only {model.vocab_size}; "
             "name the tokenizer that belongs to the model"
         )
-    if start + size > vocab_size and (topology.tp_size - 1) * size >= vocab_size:
-        raise ConfigError(
-            f"student.parallel.tensor_model_parallel_size={topology.tp_size}: a vocabulary of "
-            f"{vocab_size} tokens leaves the last rank without one; lower it"
-        )
-    terms = teacher_terms(config, found, start=start, end=start + size, device=topology.device)
-    head = DistillationHead(
-        terms=terms,
-        shard=VocabShard(start=start, size=size, vocab_size=vocab_size, group=topology.tp_group),
+    head = build_head(
+        config,
+        tokenizers,
+        found,
+        topology=model.topology,
+        padded_vocab_size=model.padded_vocab_size,
     )
     optimizer, scheduler = build_optimizer(
         config.student.optimizer, model=model, total_steps=config.train.steps
@@ -306,7 +228,7 @@ def _student(
         loss_function=head,
         clip_grad=config.student.optimizer.clip_grad,
         fused_head=config.student.fused_head,
-        companions=learned_companions(config, terms, found),
+        companions=learned_companions(config, head.terms, found),
         # opd looks from a token to the ones behind it, and at whole answers
         share_by="sequence" if "opd" in {pair.loss for pair in found.values()} else "chunk",
     )

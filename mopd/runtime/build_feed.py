@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mopd.align.batch import Batching
@@ -90,14 +90,17 @@ def build_eval_feed(
     config: RunConfig,
     found: Mapping[str, Pair],
     *,
-    prompts: Sequence[Prompt],
+    domains: Iterable[str],
     sampler: Sampler | None,
     pool: TeacherPool,
     tokenizers: tuple[ChatTokenizer, Mapping[str, ChatTokenizer]],
     topology: Topology,
 ) -> EvalFeed:
-    """For the losses of held-out ``prompts``; the recipe's scales, without their running means."""
-    objective = step_objective(config, (prompt.domain for prompt in prompts))
+    """For losses without books; the recipe's scales, without their running means.
+
+    ``domains`` are all that its prompts may have.
+    """
+    objective = step_objective(config, domains)
     return EvalFeed(
         sampler=sampler,
         pool=pool,

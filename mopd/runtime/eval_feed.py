@@ -62,13 +62,13 @@ class EvalFeed:
         assert self._sampler is not None
         mine = self._share(prompts)
         rollouts = self._sampler.answer(mine or prompts[:1])
-        return self._scored(rollouts if mine else [_masked(rollouts[0])])
+        return self.scored(rollouts if mine else [_masked(rollouts[0])])
 
     def given(self, prompts: Sequence[Prompt]) -> Gathered:
         """The answers that come with ``prompts``, as an off-policy step would train on them."""
         mine = self._share(prompts)
         rollouts = [self._written(prompt) for prompt in mine or prompts[:1]]
-        return self._scored(rollouts if mine else [_masked(rollouts[0])])
+        return self.scored(rollouts if mine else [_masked(rollouts[0])])
 
     def collate(self, gathered: Gathered) -> StepBatch:
         """Aligned, with the global denominators. Collective over the leads."""
@@ -107,7 +107,8 @@ class EvalFeed:
         cut = self._options.mask_truncated and rollout.finish_reason == "length"
         return _masked(rollout) if cut else rollout
 
-    def _scored(self, rollouts: Sequence[Rollout]) -> Gathered:
+    def scored(self, rollouts: Sequence[Rollout]) -> Gathered:
+        """What the pool's teachers say of ``rollouts``."""
         index = [i for i, rollout in enumerate(rollouts) if rollout.loss_mask.any()]
         found = self._pool.score([rollouts[i] for i in index])
         scores = [{} for _ in rollouts]

@@ -108,6 +108,12 @@ def initialize(
     return _topology(backend, local_rank, timeout)
 
 
+def adopt(backend: DeviceBackend, *, timeout: timedelta = TIMEOUT) -> Topology:
+    """This rank's place in a job whose `parallel_state` somebody else has initialised, with its
+    gloo groups. Collective over all ranks."""
+    return _topology(backend, int(os.environ.get("LOCAL_RANK", "0")), timeout)
+
+
 def shutdown() -> None:
     """Leave the job and forget every group; `initialize` may follow."""
     if parallel_state.model_parallel_is_initialized():

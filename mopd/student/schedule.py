@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from mopd.student.attention import PackedTexts
 from mopd.student.layout import Layout, lay_out, packed_length
@@ -135,12 +136,18 @@ def _forward(model: StudentModel, module: torch.nn.Module, layout: Layout) -> to
         input_ids=tokens,
         position_ids=positions,  # for learned positions; rotary ones follow from the texts
         attention_mask=None,
-        packed_seq_params=_packed_texts(layout, device),
+        packed_seq_params=packed_texts(layout, device),
         padding_mask=padding_mask(model, module, layout),
     )
 
 
-def _packed_texts(layout: Layout, device: torch.device) -> PackedTexts | None:
+def calculates_per_token_loss(model: torch.nn.Module) -> bool:
+    """Whether Megatron divides this model's gradient by the tokens of a step."""
+    return bool(get_model_config(model).calculate_per_token_loss)
+
+
+def packed_texts(layout: Layout, device: torch.device) -> PackedTexts | None:
+    """Megatron's ``packed_seq_params``; None where texts have rows of their own."""
     if layout.offsets is None:
         return None
     offsets = torch.tensor(layout.offsets, dtype=torch.int32, device=device)

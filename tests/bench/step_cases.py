@@ -29,18 +29,21 @@ def packing(quick: bool, repeats: int) -> dict[str, Any]:
     """Micro-batches of the same room: padded rows, and as many packed tokens."""
     texts = draw(TEXTS[quick], 32 if quick else SHORTEST)
     rows, longest = ROWS[quick], max(map(len, texts))
-    with tempfile.TemporaryDirectory(prefix="mopd-bench-") as folder:
-        student = build(Path(folder), small=quick)
-        sides = {
-            "ours": step_of(packed(texts, rows * longest)),
-            "baseline": step_of(padded(texts, rows, longest)),
-        }
-        losses = {name: student.train_step(batch).loss for name, batch in sides.items()}
-        seconds = measure.cpu_seconds(
-            {name: lambda b=batch: student.train_step(b) for name, batch in sides.items()},
-            min(repeats, 3),
-        )
-        shutdown()
+    sides = {
+        "ours": step_of(packed(texts, rows * longest)),
+        "baseline": step_of(padded(texts, rows, longest)),
+    }
+    with tempfile.TemporaryDirectory(prefix="mopd-bench-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron's own, once a layer
+        try:
+            student = build(Path(folder), small=quick)
+            losses = {name: student.train_step(batch).loss for name, batch in sides.items()}
+            seconds = measure.cpu_seconds(
+                {name: lambda b=batch: student.train_step(b) for name, batch in sides.items()},
+                min(repeats, 3),
+            )
+        finally:
+            shutdown()
     tokens = sum(map(len, texts))
     return {
         "ratio": seconds["ours"] / seconds["baseline"],
@@ -131,9 +134,7 @@ def build(folder: Path, *, small: bool) -> Student:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tf.Qwen3ForCausalLM(config).save_pretrained(folder)
+    tf.Qwen3ForCausalLM(config).save_pretrained(folder)
     topology = initialize(ParallelSection(), backend=get_device("cpu"), seed=1)
     section = StudentSection(model=str(folder), optimizer=OptimizerSection(lr=1e-12))
     model = build_student(section, topology=topology)
