@@ -1,4 +1,7 @@
-"""40 steps on two ranks of each axis learn what one process learns."""
+"""40 steps on two ranks of each axis learn what one process learns.
+
+Off-policy, with large steps: on-policy, 40 steps of the embedded world show nothing yet.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +39,18 @@ def accuracy(world: World, folder: Path, name: str, ranks: int, keys: dict[str, 
     """Held-out accuracy before and after, and the headroom that was recovered."""
     settings = {
         "train__steps": STEPS,
-        "train__num_prompts_per_step": 64,
+        "train__num_prompts_per_step": 256,
         "train__micro_batch_size": 64,
-        "student__optimizer__lr": 2e-3,
+        "student__optimizer__lr": 4e-3,
+        "student__optimizer__lr_warmup_fraction": 0.1,
+        "student__optimizer__lr_decay_fraction": 0.4,
+        "evaluate__teachers": "true",
         "checkpoint__save_interval": STEPS,
         "evaluate__max_prompts_per_domain": HELDOUT,
         **keys,
     }
     overrides = words(world, folder, name, **settings)
-    run_ranks(train_here, ranks, "mopd_ctkd", overrides, timeout=600)
+    run_ranks(train_here, ranks, "mopd_offpolicy", overrides, timeout=600)
     return summary(folder / name)["domains"]
 
 
@@ -72,7 +78,7 @@ def test_an_axis_reaches_the_headroom_of_one_process(
     for domain, one in expected.items():
         two = found[domain]
         assert two["before"] == pytest.approx(one["before"], abs=0.01)
-        assert one["after"] > one["before"] + 0.05  # there is something to compare
+        assert one["headroom_recovered"] > 0.5  # there is something to compare
         # two runs that draw apart by rounding: three standard errors of their difference
         noise = 3 * math.sqrt(2 * max(one["after"] * (1 - one["after"]), 0.01) / HELDOUT)
         assert abs(two["after"] - one["after"]) < noise
