@@ -69,6 +69,11 @@ def _dataset(config: RunConfig) -> Iterator[str]:
             f"rollout.off_policy={rollout.off_policy}: rollout.backend.type=dataset takes answers "
             "from the data; set type=hf with lmbda=0 for answers of teachers"
         )
+    if rollout.temperature != 1.0:
+        yield (
+            f"rollout.temperature={rollout.temperature:g}: with rollout.backend.type=dataset "
+            "nothing is sampled (evaluations are greedy); leave it out"
+        )
     if rollout.num_generations_per_prompt > 1:
         yield (
             f"rollout.num_generations_per_prompt={rollout.num_generations_per_prompt}: the data "

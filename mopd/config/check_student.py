@@ -1,4 +1,7 @@
-"""Mistakes in what of the student learns, found before any model is loaded. No torch."""
+"""Mistakes in what of the student learns or is computed again, found before any model is loaded.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ import re
 from collections.abc import Iterator
 
 from mopd.config.adapter import check_adapter
-from mopd.config.schema import LoraSection, RunConfig
+from mopd.config.schema import LoraSection, RecomputeSection, RunConfig
 
 
 def check_student(config: RunConfig) -> Iterator[str]:
-    """Problems of `student.lora` and `student.freeze`, one line each with key and remedy."""
+    """Problems of `student.lora`, `.freeze` and `.recompute`, one line each with key and remedy."""
     student = config.student
     for pattern in student.freeze:
         try:
             re.compile(pattern)
         except re.error as error:
             yield f"student.freeze: `{pattern}` is not a regular expression ({error}); correct it"
+    yield from _recompute(student.recompute)
     if student.lora.rank is None:
         yield from _unread(student.lora)
         return
@@ -28,6 +32,16 @@ def check_student(config: RunConfig) -> Iterator[str]:
     yield from _targets(student.lora)
     if student.lora.path is not None:
         yield from check_adapter(student.lora)
+
+
+def _recompute(section: RecomputeSection) -> Iterator[str]:
+    default = RecomputeSection()
+    for key in ("method", "num_layers"):
+        if section.granularity != "full" and getattr(section, key) != getattr(default, key):
+            yield (
+                f"student.recompute.{key}: is only read with student.recompute.granularity=full; "
+                "set that, or drop it"
+            )
 
 
 def _unread(section: LoraSection) -> Iterator[str]:

@@ -18,7 +18,7 @@ from mopd.errors import ConfigError
 from mopd.metrics.span import Spans
 from mopd.rollout.base import Sampler
 from mopd.runtime.build_feed import build_eval_feed, build_feed
-from mopd.runtime.data import Router, check_answers, check_chats, read_prompts
+from mopd.runtime.data import Router, check_answers, check_chats, check_measurable, read_prompts
 from mopd.runtime.eval_feed import EvalFeed
 from mopd.runtime.feed import Feed
 from mopd.runtime.inside import InsideTeachers, build_engines
@@ -196,6 +196,7 @@ def _read_data(config: RunConfig, router: Router) -> dict[str, list[Prompt]]:
             )
         if key in required:
             check_answers(key, found[key], data=config.data)
+    check_measurable(config, found["data.heldout_path"])
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mopd.config.check_evaluate import metric_user
 from mopd.config.schema import DataSection, DistillationSection, RunConfig, TeacherSection
 from mopd.errors import ConfigError
 from mopd.runtime.payloads import active_teachers
@@ -169,6 +170,18 @@ def check_answers(key: str, prompts: Sequence[Prompt], *, data: DataSection) -> 
             if data.prompt_key is None:
                 fields += f" or a last message of the assistant in {data.messages_key!r}"
             raise ConfigError(f"{key}: row {prompt.id} has no answer to train on; give it {fields}")
+
+
+def check_measurable(config: RunConfig, heldout: Sequence[Prompt]) -> None:
+    """Raises ConfigError where somebody goes by an accuracy that no held-out row tells."""
+    user = metric_user(config)
+    if user is None or config.evaluate.metric != "accuracy":
+        return
+    if all(prompt.answer is None for prompt in heldout):
+        raise ConfigError(
+            f"evaluate.metric=accuracy: {user} goes by it, and no row of data.heldout_path has "
+            f"{config.data.answer_key!r} (data.answer_key); add it, or choose another metric"
+        )
 
 
 def check_chats(

@@ -13,7 +13,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mopd.config.check_evaluate import metric_user
 from mopd.config.schema import RunConfig
+from mopd.errors import ConfigError
 from mopd.rollout import sync
 from mopd.rollout.on_demand import OnDemandSampler
 from mopd.runtime.build import Run
@@ -91,6 +93,28 @@ def patience_is_over(config: RunConfig, evaluations: Sequence[Evaluation]) -> bo
     top = best(evaluations, config.evaluate.metric)
     since = [one for one in evaluations if top is None or one.step > top.step]
     return len(since) >= patience
+
+
+def refuse_unmeasured(config: RunConfig, first: Evaluation) -> None:
+    """What goes by evaluations needs a number from the ``first`` one on.
+
+    Raises:
+        ConfigError: the metric, who goes by it, and what may be missing.
+    """
+    metric = config.evaluate.metric
+    user = metric_user(config)
+    if user is None or first.score(metric) is not None:
+        return
+    causes = {
+        "accuracy": "no row of data.heldout_path has data.answer_key",
+        "kl": "no teacher has a usable score of a held-out answer",
+        "loss": "no row of data.validation_path is left to measure (rollout.max_new_tokens, "
+        "rollout.mask_truncated_completions), or its loss is not finite",
+    }
+    raise ConfigError(
+        f"evaluate.metric={metric}: {user} goes by it, and the first evaluation found no number: "
+        f"{causes[metric]}; correct that, or choose another metric"
+    )
 
 
 def evaluate(run: Run, step: int) -> Evaluation:
@@ -190,8 +214,9 @@ def _measured(
         feed = run.eval_feed
         batch = from_lead(run.topology, feed.collate(gathered) if feed and gathered else None)
         result = run.student.evaluate(batch)
-        sums["loss"] += result.loss * len(group)
-        counts["loss"] += len(group)
+        if batch.num_response_tokens:  # else nothing of the group is measured: 0 is no loss
+            sums["loss"] += result.loss * len(group)
+            counts["loss"] += len(group)
         for name in result.metrics:
             if name.startswith(("loss/", "kl/")):
                 mean, count = mean_of(name, result.metrics, batch)

@@ -25,6 +25,7 @@ from mopd.runtime.evaluation import (
     evaluate_teachers,
     is_due,
     patience_is_over,
+    refuse_unmeasured,
 )
 from mopd.runtime.learned import save_learned_projections
 from mopd.runtime.ledger import added
@@ -74,7 +75,9 @@ def train(run: Run, sink: Sink) -> Summary:
     _push(run, state.step, text)
     if not state.evaluations and (run.heldout or run.validation):
         sink.note("measuring the student and its teachers on the held-out prompts")
-        state.before = _evaluate(run, sink, state).scores
+        first = _evaluate(run, sink, state)
+        refuse_unmeasured(config, first)
+        state.before = first.scores
         state.teachers = evaluate_teachers(run)
     if run.feed is not None:
         run.feed.ahead.start(state.step)

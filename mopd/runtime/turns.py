@@ -24,6 +24,9 @@ class Turn:
 def turns(row: Mapping[str, Any], where: str, *, data: DataSection, answered: bool) -> list[Turn]:
     """The turns of a row that are samples.
 
+    A last message of the assistant is an answer, never a part of the prompt: without ``answered``
+    the student writes its own in that place.
+
     ``answered``: a chat that ends with an assistant's message is a prompt and its answer. With
     ``train_on=all`` every assistant message is a sample of its own behind the messages before it,
     so its chat template reads each of them as it would have been written.
@@ -34,7 +37,7 @@ def turns(row: Mapping[str, Any], where: str, *, data: DataSection, answered: bo
     messages = _prompt(row, where, data)
     response = _response(row, where, data.response_key)
     if not answered:
-        return [Turn(messages=messages, response=response)]
+        return [Turn(messages=_asked(messages, where, data), response=response)]
     if response is not None:
         messages = (*messages, {"role": "assistant", "content": response})
     spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -43,9 +46,7 @@ def turns(row: Mapping[str, Any], where: str, *, data: DataSection, answered: bo
     if data.train_on == "last":
         spoken = spoken[-1:]
     if spoken[0] == 0:
-        raise ConfigError(
-            f"{where}: {data.messages_key!r} begins with the assistant; put a message before it"
-        )
+        raise _begins(where, data)
     return [
         Turn(
             messages=messages[:i],
@@ -55,6 +56,20 @@ def turns(row: Mapping[str, Any], where: str, *, data: DataSection, answered: bo
         )
         for n, i in enumerate(spoken, start=1)
     ]
+
+
+def _asked(messages: tuple[Message, ...], where: str, data: DataSection) -> tuple[Message, ...]:
+    if messages[-1]["role"] != "assistant":
+        return messages
+    if len(messages) == 1:
+        raise _begins(where, data)
+    return messages[:-1]
+
+
+def _begins(where: str, data: DataSection) -> ConfigError:
+    return ConfigError(
+        f"{where}: {data.messages_key!r} begins with the assistant; put a message before it"
+    )
 
 
 def _prompt(row: Mapping[str, Any], where: str, data: DataSection) -> tuple[Message, ...]:

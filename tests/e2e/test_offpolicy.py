@@ -99,3 +99,24 @@ def test_parquet_columns_two_replicas_and_accuracy(tiny_world: World, tmp_path: 
 def test_rows_without_an_answer_are_named(tiny_world: World, tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"data\.path: row .* has no answer to train on; give it"):
         offpolicy(tiny_world, tmp_path, "none", data__response_key="nothing")
+
+
+def test_a_metric_without_a_number_is_refused(tiny_world: World, tmp_path: Path) -> None:
+    """Every validation row is cut and left out: a loss of 0 would be the best there is."""
+    keys = {"rollout__max_new_tokens": 1, "rollout__mask_truncated_completions": True}
+    with pytest.raises(RankError, match=r"evaluate\.metric=loss: checkpoint\.keep_best=1 goes by"):
+        offpolicy(tiny_world, tmp_path, "cut", checkpoint__keep_best=1, **keys)
+
+
+def test_an_accuracy_that_no_row_tells_is_refused(tiny_world: World, tmp_path: Path) -> None:
+    keys = {"data__answer_key": "nothing", "data__response_key": "answer"}
+    with pytest.raises(RankError, match=r"evaluate\.metric=accuracy: .* no row of data\.heldout"):
+        offpolicy(
+            tiny_world,
+            tmp_path,
+            "accuracy",
+            data__heldout_path=tiny_world.selection,
+            evaluate__metric="accuracy",
+            evaluate__patience=1,
+            **keys,
+        )

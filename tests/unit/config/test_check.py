@@ -220,6 +220,17 @@ def test_a_layout_that_the_model_does_not_allow(recipe: dict[str, Any]) -> None:
         check(recipe, "student.parallel.tensor_model_parallel_size=4", world_size=4)
 
 
+def test_recomputed_blocks_that_do_not_fill_a_stage(recipe: dict[str, Any]) -> None:
+    full = "student.recompute.granularity=full"
+    with pytest.raises(ConfigError, match=r"student\.recompute\.num_layers=99: .*a stage \(4\)"):
+        check(recipe, full, "student.recompute.num_layers=99")
+    check(recipe, full, "student.recompute.num_layers=4")
+    stages = "student.parallel.pipeline_model_parallel_size=2"
+    with pytest.raises(ConfigError, match=r"must divide the layers of a stage \(2\); set 1"):
+        check(recipe, full, "student.recompute.num_layers=4", stages, world_size=2)
+    check(recipe, full, "student.recompute.num_layers=99", "student.recompute.method=block")
+
+
 def test_a_batch_that_cannot_be_shared_evenly(recipe: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data-parallel size 3; 66 would fit"):
         check(recipe, world_size=3)

@@ -17,6 +17,7 @@ from mopd.config.load import load_config
 HELDOUT, VALIDATION = "data.heldout_path=x", "data.validation_path=x"
 EVERY = "evaluate.interval=5"
 DATASET = "rollout.backend.type=dataset"
+ULD = ["distillation.loss=uld", "teachers.a.model=x"]
 OPD = ["distillation.loss=opd", "teachers.a.model=x"]
 
 
@@ -56,9 +57,14 @@ def test_what_fits_together_passes(words: list[str]) -> None:
             [EVERY, HELDOUT, "evaluate={metric: kl, patience: 1, kl_prompts_per_domain: 0}"],
             "evaluate.kl_prompts_per_domain=0: leaves evaluate.metric=kl without a number",
         ),
+        (
+            [EVERY, HELDOUT, "evaluate={metric: kl, patience: 1}", *ULD],
+            "evaluate.metric=kl: evaluate.patience=1 goes by it, and uld has no divergence",
+        ),
         ([EVERY, HELDOUT, "evaluate={metric: loss, patience: 1}"], "evaluate.metric=loss: "),
         ([EVERY, VALIDATION, "evaluate.patience=1"], "evaluate.metric=accuracy: evaluate.patie"),
         ([DATASET, "rollout.lmbda=0.5"], "rollout.lmbda=0.5: with rollout.backend.type=dataset"),
+        ([DATASET, "rollout.temperature=0.7"], "rollout.temperature=0.7: with rollout.backend"),
         ([DATASET, "rollout.off_policy=teacher"], "rollout.off_policy=teacher: rollout.backend"),
         ([DATASET, "rollout.num_generations_per_prompt=2"], "rollout.num_generations_per_prompt"),
         ([DATASET, "rollout.backend.path=x"], "rollout.backend.path: is only read by type=replay"),

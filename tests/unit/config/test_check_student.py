@@ -38,6 +38,8 @@ def problems(*words: str) -> list[str]:
         [],
         [LORA, "student.lora.alpha=32", "student.lora.target_modules=[q_proj,v_proj]"],
         ["student.freeze=['.*norm.*']"],
+        ["student.recompute={granularity: full, method: block, num_layers: 2}"],
+        ["student.recompute.granularity=selective"],
     ],
 )
 def test_what_fits_together_passes(words: list[str]) -> None:
@@ -57,6 +59,11 @@ def test_what_fits_together_passes(words: list[str]) -> None:
         (
             [LORA, "student.lora.target_modules=[q_proj,q_proj]"],
             "student.lora.target_modules: lists a layer twice",
+        ),
+        (["student.recompute.method=block"], "student.recompute.method: is only read with"),
+        (
+            ["student.recompute={granularity: selective, num_layers: 2}"],
+            "student.recompute.num_layers: is only read with student.recompute.granularity=full",
         ),
         ([LORA, "student.lora.path=/nowhere"], "student.lora.path: /nowhere has no adapter_config"),
     ],

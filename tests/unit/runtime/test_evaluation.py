@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 
 from mopd.config.schema import RunConfig
+from mopd.errors import ConfigError
 from mopd.runtime.ahead import Ahead
 from mopd.runtime.evaluate import batches_of
-from mopd.runtime.evaluation import Evaluation, best, is_due, patience_is_over
+from mopd.runtime.evaluation import (
+    Evaluation,
+    best,
+    is_due,
+    patience_is_over,
+    refuse_unmeasured,
+)
 from mopd.runtime.gather import Gathered
 from mopd.types import Prompt
 
@@ -60,6 +67,15 @@ def test_patience_counts_evaluations_without_a_better_one() -> None:
     assert not patience_is_over(config(patience=3), found)
     assert not patience_is_over(config(patience=2), [*found, evaluation(20, 0.5)])
     assert not patience_is_over(config(), found * 9)
+
+
+def test_what_goes_by_evaluations_needs_a_number() -> None:
+    unanswered = Evaluation(step=0, metrics={"eval/kl/x": 1.0})
+    refuse_unmeasured(config(), unanswered)
+    refuse_unmeasured(config(patience=1, metric="kl"), unanswered)
+    for metric in ("accuracy", "loss"):
+        with pytest.raises(ConfigError, match=f"evaluate.metric={metric}: evaluate.patience=1"):
+            refuse_unmeasured(config(patience=1, metric=metric), unanswered)
 
 
 def test_when_an_evaluation_is_due() -> None:

@@ -147,8 +147,8 @@ def test_the_last_turn_or_all_of_them(tmp_path: Path) -> None:
     assert (first.id, first.messages, first.response, first.answer) == ("x#1", (USER,), "yes", None)
     assert (second.id, second.messages, second.response) == ("x#2", tuple(CHAT[:3]), "no")
     assert second.answer == "no"
-    (asked,) = read(path)  # where the student answers, the chat is its prompt as it stands
-    assert asked.messages == tuple(CHAT) and asked.response is None
+    (asked,) = read(path)  # where the student answers, it does not read an answer first
+    assert asked.messages == tuple(CHAT[:3]) and asked.response is None
 
 
 def test_a_response_is_the_last_turn(tmp_path: Path) -> None:
@@ -163,8 +163,9 @@ def test_a_response_is_the_last_turn(tmp_path: Path) -> None:
 
 def test_an_answer_without_a_prompt_or_a_prompt_without_an_answer(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", row(messages=[BOT]))
-    with pytest.raises(ConfigError, match=r"d\.jsonl:1: 'messages' begins with the assistant"):
-        read(path, answered=True)
+    for answered in (True, False):
+        with pytest.raises(ConfigError, match=r"d\.jsonl:1: 'messages' begins with the assistant"):
+            read(path, answered=answered)
     for content in (None, ""):
         path = jsonl(tmp_path / "d.jsonl", row(id="x", response=content))
         prompts = read(path, answered=True)
