@@ -10,7 +10,7 @@ from pathlib import Path
 from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
 from mopd.config.check_evaluate import check_evaluate
 from mopd.config.check_inside import check_inside, check_inside_layout
-from mopd.config.check_layout import check_layout, check_recompute
+from mopd.config.check_layout import check_layout
 from mopd.config.check_losses import check_losses
 from mopd.config.check_rollout import check_rollout
 from mopd.config.check_servers import (
@@ -20,7 +20,7 @@ from mopd.config.check_servers import (
     is_started,
     unread,
 )
-from mopd.config.check_student import check_student
+from mopd.config.check_student import check_fit, check_student
 from mopd.config.data_files import check_data, check_data_path
 from mopd.config.keys import printable
 from mopd.config.model_shape import read_model_config
@@ -202,12 +202,7 @@ def _sizes(config: RunConfig, world_size: int) -> Iterator[str]:
     assert config.student.model is not None  # _paths comes first
     shape = read_model_config(Path(config.student.model))
     yield from check_layout(shape, parallel, world_size)
-    yield from check_recompute(shape, config.student)
-    if config.student.moe_aux_loss_coeff is not None and shape.moe is None:
-        yield (
-            "student.moe_aux_loss_coeff: is for a mixture of experts, and student.model is a "
-            f"{shape.architecture}; remove it"
-        )
+    yield from check_fit(config.student, shape)
 
 
 def _batch_split(config: RunConfig, *, data_parallel: int) -> Iterator[str]:

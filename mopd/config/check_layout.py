@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mopd.config.model_shape import ModelShape
-from mopd.config.schema import ParallelSection, StudentSection
+from mopd.config.schema import ParallelSection
 
 
 def check_layout(shape: ModelShape, parallel: ParallelSection, world_size: int) -> list[str]:
@@ -22,22 +22,6 @@ def check_layout(shape: ModelShape, parallel: ParallelSection, world_size: int) 
             f"processes ({world_size})"
         )
     return [f"student.parallel: {problem}" for problem in problems]
-
-
-def check_recompute(shape: ModelShape, student: StudentSection) -> Iterator[str]:
-    """Blocks of `recompute.method=uniform` must fill a stage: Megatron indexes behind its last
-    layer where they do not. The layout is one that `check_layout` lets pass."""
-    section, parallel = student.recompute, student.parallel
-    if section.granularity != "full" or section.method != "uniform":
-        return
-    stages = parallel.pipeline_model_parallel_size
-    stages *= parallel.virtual_pipeline_model_parallel_size or 1
-    layers = shape.num_layers // stages
-    if layers % section.num_layers:
-        yield (
-            f"student.recompute.num_layers={section.num_layers}: blocks of method=uniform must "
-            f"divide the layers of a stage ({layers}); set 1, or method=block"
-        )
 
 
 def _replica_size(parallel: ParallelSection) -> int:

@@ -1,7 +1,4 @@
-"""Mistakes in what of the student learns or is computed again, found before any model is loaded.
-
-No torch.
-"""
+"""Mistakes in what of the student learns, and how, found before any model is loaded. No torch."""
 
 from __future__ import annotations
 
@@ -9,18 +6,19 @@ import re
 from collections.abc import Iterator
 
 from mopd.config.adapter import check_adapter
-from mopd.config.schema import LoraSection, RecomputeSection, RunConfig
+from mopd.config.model_shape import ModelShape
+from mopd.config.schema import LoraSection, RecomputeSection, RunConfig, StudentSection
 
 
 def check_student(config: RunConfig) -> Iterator[str]:
-    """Problems of `student.lora`, `.freeze` and `.recompute`, one line each with key and remedy."""
+    """Problems of `student.lora`, `freeze` and `recompute`, one line each with key and remedy."""
     student = config.student
+    yield from _unread_recompute(student.recompute)
     for pattern in student.freeze:
         try:
             re.compile(pattern)
         except re.error as error:
             yield f"student.freeze: `{pattern}` is not a regular expression ({error}); correct it"
-    yield from _recompute(student.recompute)
     if student.lora.rank is None:
         yield from _unread(student.lora)
         return
@@ -34,10 +32,41 @@ def check_student(config: RunConfig) -> Iterator[str]:
         yield from check_adapter(student.lora)
 
 
-def _recompute(section: RecomputeSection) -> Iterator[str]:
+def check_fit(student: StudentSection, shape: ModelShape) -> Iterator[str]:
+    """Keys that do not go with the model of this ``shape``."""
+    if student.moe_aux_loss_coeff is not None and shape.moe is None:
+        yield (
+            "student.moe_aux_loss_coeff: is for a mixture of experts, and student.model is a "
+            f"{shape.architecture}; remove it"
+        )
+    experts = {"gate_proj", "up_proj", "down_proj"}.intersection(student.lora.target_modules)
+    if student.lora.rank is not None and shape.moe is not None and experts:
+        yield (
+            f"student.lora.target_modules: {', '.join(sorted(experts))} are experts in "
+            "student.model, which get no adapter; name q_proj, k_proj, v_proj and o_proj only"
+        )
+    recompute, parallel = student.recompute, student.parallel
+    stages = parallel.pipeline_model_parallel_size
+    stages *= parallel.virtual_pipeline_model_parallel_size or 1
+    layers = shape.num_layers // stages
+    if (
+        recompute.granularity == "full"
+        and recompute.method == "uniform"
+        and layers % recompute.num_layers
+    ):
+        yield (
+            f"student.recompute.num_layers={recompute.num_layers}: method=uniform cuts the "
+            f"{layers} layers of a stage into blocks of this size; set one that divides them, or "
+            "student.recompute.method=block"
+        )
+
+
+def _unread_recompute(section: RecomputeSection) -> Iterator[str]:
+    if section.granularity == "full":
+        return
     default = RecomputeSection()
     for key in ("method", "num_layers"):
-        if section.granularity != "full" and getattr(section, key) != getattr(default, key):
+        if getattr(section, key) != getattr(default, key):
             yield (
                 f"student.recompute.{key}: is only read with student.recompute.granularity=full; "
                 "set that, or drop it"

@@ -43,7 +43,9 @@ def save_learned_projections(
 ) -> list[Path]:
     """Whole matrices, one file per teacher; collective over the last stage's ranks."""
     topology = student.model.topology
-    if student.companions is None or not topology.is_last_stage or topology.dp_rank:
+    if student.companions is None or not topology.is_last_stage:
+        return []
+    if topology.dp_rank or topology.cp_rank:  # they have the same
         return []
     written = []
     for name, companion in student.companions.members.items():

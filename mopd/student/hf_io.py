@@ -102,7 +102,7 @@ def load_hf(
         for name, parameter in chunk.named_parameters()
     }
     for slot in _slots(shape, topology):
-        if not _is_here(slot, topology):
+        if not is_here(slot, topology):
             continue
         parameter = parameters.pop(slot.parameter)
         local = _read_shard(slot, reader, shape=shape, topology=topology)
@@ -152,7 +152,7 @@ def iter_hf_weights(model: ModelView) -> Iterator[tuple[str, torch.Tensor | None
         if not slot.exported:
             continue
         shards = None
-        if _is_here(slot, topology):
+        if is_here(slot, topology):
             shards = gather_shards(parameters[slot.parameter].detach(), topology)
         for position, (name, size) in enumerate(zip(slot.tensors, slot.sizes, strict=True)):
             tensor = None
@@ -171,7 +171,7 @@ def _slots(shape: ModelShape, topology: Topology) -> tuple[Slot, ...]:
     )
 
 
-def _is_here(slot: Slot, topology: Topology) -> bool:
+def is_here(slot: Slot, topology: Topology) -> bool:
     """Whether this rank holds the slot's parameter, or its own shard of it."""
     return slot.stage == topology.pp_rank and slot.ep_rank in (None, topology.ep_rank)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import megatron.core.optimizer
 import torch
@@ -37,7 +39,9 @@ def build_optimizer(
             f"student.optimizer.min_lr ({section.min_lr}) is above lr ({section.lr}); lower it"
         )
     is_bf16 = model.dtype == torch.bfloat16
-    with _own_adam():
+    with _own_adam(), warnings.catch_warnings():
+        # of dense or expert parameters, where all of them are frozen
+        warnings.filterwarnings("ignore", "WARNING: there is no optimizer on RANK")
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -85,10 +89,7 @@ def clip_gradients(optimizer: MegatronOptimizer, max_norm: float) -> float:
     the one norm: Megatron's `clip_grad_norm` knows one optimizer only.
     """
     norm = float(optimizer.get_grad_norm())
-    members = (
-        optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    )
-    for member in members:
+    for member in inner_optimizers(optimizer):
         parameters: list[torch.Tensor] = [*member.get_parameters()]
         if max_norm > 0.0 and parameters:
             megatron_optimizer.clip_grad_by_total_norm_fp32(
@@ -97,14 +98,20 @@ def clip_gradients(optimizer: MegatronOptimizer, max_norm: float) -> float:
     return norm
 
 
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers of dense and expert parameters, without those that have none here."""
+    chained = isinstance(optimizer, ChainedOptimizer)
+    members = optimizer.chained_optimizers if chained else [optimizer]
+    return [member for member in members if not getattr(member, "is_stub_optimizer", False)]
+
+
 def _detach_shards(optimizer: MegatronOptimizer) -> None:
     """Make the distributed optimizer's float32 shards leaves: torch warns at `grad` of others.
 
     Megatron slices them off the parameters themselves. The memory stays the parameter's.
     """
-    chained = isinstance(optimizer, ChainedOptimizer)
-    for inner in optimizer.chained_optimizers if chained else [optimizer]:
-        if not isinstance(inner, distrib_optimizer.DistributedOptimizer) or inner.is_stub_optimizer:
+    for inner in inner_optimizers(optimizer):
+        if not isinstance(inner, distrib_optimizer.DistributedOptimizer):
             continue
         leaves = {}
         for shard in (shard for group in inner.shard_fp32_groups for shard in group):

@@ -61,6 +61,8 @@ def score_texts(
     def measure(micro: MicroBatch) -> Callable[..., RawRows | None]:
         def compute(hidden: Tensor, non_loss_data: bool = True) -> RawRows | None:
             del non_loss_data
+            if topology.cp_rank > 0:  # the first context rank has the same hidden states
+                return None
             return _rows_of_hidden(model, hidden, micro, options)
 
         return compute

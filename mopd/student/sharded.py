@@ -1,7 +1,7 @@
 """Model and optimizer as parts of whole tensors, whatever layout holds them.
 
-Megatron's `sharded_state_dict` says which part of which whole tensor a parameter is (layers have
-their global numbers, experts an axis of their own, gate and up projections are taken apart). The
+Megatron's `sharded_state_dict` says which part of which whole tensor a parameter is (layers and
+experts have their global numbers, gate and up projections are taken apart). The
 optimizer's tensors have their parameter's shape. The distributed optimizer holds a range of the
 flattened parameter per replica, which is a handful of boxes of the whole tensor.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -24,10 +23,11 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from mopd.student.model import StudentModel
+from mopd.student.optim import inner_optimizers
 
 Described = ShardedTensor | ShardedTensorFactory
 
@@ -71,13 +71,15 @@ def describe(model: StudentModel, optimizer: MegatronOptimizer) -> list[Shard]:
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
     """Updates so far; 0 on a rank where nothing learns."""
-    groups = [group for inner in _inner(optimizer) for group in inner.optimizer.param_groups]
+    groups = [
+        group for inner in inner_optimizers(optimizer) for group in inner.optimizer.param_groups
+    ]
     # Fused Adams do not count in groups without parameters.
     return max((int(group.get("step", 0)) for group in groups), default=0)
 
 
 def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
-    for inner in _inner(optimizer):
+    for inner in inner_optimizers(optimizer):
         for group in inner.optimizer.param_groups:
             group["step"] = step
 
@@ -131,17 +133,24 @@ def _parts(base: Described, data: torch.Tensor | None = None) -> list[ShardedTen
 
 def _shard(part: ShardedTensor, prefix: str) -> Shard:
     assert part.data is not None
-    data = part.data.detach()[(None,) * part.prepend_axis_num]
-    whole, offset = tuple(part.global_shape), tuple(part.global_offset)
+    data, lead = part.data.detach(), part.prepend_axis_num
+    whole, offset = tuple(part.global_shape)[lead:], tuple(part.global_offset)[lead:]
     if not whole:  # safetensors has no slices of a scalar
         data, whole, offset = data.view(1), (1,), (0,)
     return Shard(
-        key=prefix + part.key,
+        key=prefix + _key(part),
         data=data,
         whole=whole,
         offset=offset,
         is_main=is_main_replica(part.replica_id),
     )
+
+
+def _key(part: ShardedTensor) -> str:
+    """With the number of an expert, which Megatron puts on an axis in front: experts are tensors of
+    their own, so that some may be frozen, and have no moments, while others learn."""
+    numbers = tuple(part.global_offset)[: part.prepend_axis_num]
+    return ".".join([part.key, *map(str, numbers)])
 
 
 def _flat_parts(
@@ -157,15 +166,14 @@ def _flat_parts(
         start, stop = max(span.start, first), min(span.stop, first + part.data.numel())
         for begin, place, shape in boxes(tuple(part.local_shape), start - first, stop - first):
             begin += first - span.start
-            lead = part.prepend_axis_num
-            place = (0,) * lead + place
+            where = tuple(part.global_offset)[part.prepend_axis_num :]
             yield (
                 part,
                 Shard(
-                    key=prefix + part.key,
-                    data=flat[begin : begin + math.prod(shape)].view((1,) * lead + shape),
-                    whole=tuple(part.global_shape),
-                    offset=tuple(a + b for a, b in zip(part.global_offset, place, strict=True)),
+                    key=prefix + _key(part),
+                    data=flat[begin : begin + math.prod(shape)].view(shape),
+                    whole=tuple(part.global_shape)[part.prepend_axis_num :],
+                    offset=tuple(a + b for a, b in zip(where, place, strict=True)),
                     # Each replica has a range of its own: the last number, its rank, is no copy's.
                     is_main=is_main_replica(_without_replica(part.replica_id)),
                 ),
@@ -220,15 +228,8 @@ def _clipped(shard: Shard, part: ShardedTensor, vocab: tuple[int, int]) -> list[
     return [replace(shard, data=shard.data[:rows], whole=(size, *shard.whole[1:]))]
 
 
-def _inner(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers of dense and expert parameters, without those that have none here."""
-    chained = isinstance(optimizer, ChainedOptimizer)
-    members = optimizer.chained_optimizers if chained else [optimizer]
-    return [member for member in members if not getattr(member, "is_stub_optimizer", False)]
-
-
 def _held_by(optimizer: MegatronOptimizer, model: StudentModel) -> Iterator[_Held]:
-    for inner in _inner(optimizer):
+    for inner in inner_optimizers(optimizer):
         inner.init_state_fn(inner.optimizer, inner.config)
         if isinstance(inner, DistributedOptimizer):
             yield from _held_by_distributed(inner)

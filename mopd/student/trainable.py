@@ -13,12 +13,12 @@ from mopd.config.model_shape import ModelShape
 from mopd.config.schema import StudentSection
 from mopd.errors import ConfigError
 from mopd.student import adapter_io, lora
-from mopd.student.hf_io import Slot, parameter_name
+from mopd.student.hf_io import Slot, is_here, parameter_name
 from mopd.student.parallel import Topology
 
 
-def frozen_parameters(patterns: Sequence[str], slots: Sequence[Slot]) -> frozenset[tuple[int, str]]:
-    """(pipeline rank, parameter) of every weight whose Hugging Face tensors all match a pattern.
+def frozen_parameters(patterns: Sequence[str], slots: Sequence[Slot]) -> frozenset[Slot]:
+    """The slots whose Hugging Face tensors all match a pattern.
 
     A pattern matches a whole name (`re.fullmatch`). The copies of a tied embedding have one name,
     so they are frozen as one.
@@ -32,7 +32,7 @@ def frozen_parameters(patterns: Sequence[str], slots: Sequence[Slot]) -> frozens
     for slot in slots:
         matched = {name for name in slot.tensors if any(p.fullmatch(name) for p in compiled)}
         if len(matched) == len(slot.tensors):
-            frozen.add((slot.stage, slot.parameter))
+            frozen.add(slot)
         elif matched:
             _refuse_part(compiled, matched, slot)
     names = {name for slot in slots for name in slot.tensors}
@@ -77,11 +77,14 @@ def choose_trainable(
         lora.install(chunks, adapters, num_query_groups=shape.num_query_groups, topology=topology)
         adapter_io.fill(adapters, seed=seed, topology=topology)
     elif section.freeze:
-        frozen = frozen_parameters(section.freeze, slots)
+        frozen = {
+            slot.parameter
+            for slot in frozen_parameters(section.freeze, slots)
+            if is_here(slot, topology)
+        }
         for index, chunk in enumerate(chunks):
             for name, parameter in chunk.named_parameters():
-                place = (topology.pp_rank, parameter_name(index, name))
-                parameter.requires_grad_(place not in frozen)
+                parameter.requires_grad_(parameter_name(index, name) not in frozen)
     if section.recompute.granularity == "full":
         for chunk in chunks:
             _keep_graph(chunk)

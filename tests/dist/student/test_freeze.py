@@ -71,9 +71,7 @@ def norm_of_the_others(model_dir: str, frozen: set[str]) -> float:
     targets = torch.from_numpy(np.roll(batch.tokens, -1, axis=1))[rows]
     logits = model(torch.from_numpy(batch.tokens)).logits[rows]
     torch.nn.functional.cross_entropy(logits, targets).backward()
-    squares = [
-        float(p.grad.square().sum()) for n, p in model.named_parameters() if n not in frozen
-    ]
+    squares = [float(p.grad.square().sum()) for n, p in model.named_parameters() if n not in frozen]
     return math.sqrt(sum(squares))
 
 
@@ -98,8 +96,33 @@ def test_frozen_weights_do_not_move(models: dict[str, str], family: str, name: s
         assert fused_step.relative(weight, one[key]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.experts\.0\..*",  # its place on its rank is that of another one on another rank
+        r"(?!.*\.experts\.).*",  # nothing dense learns
+    ],
+)
+def test_an_expert_is_frozen_where_it_is(tmp_path: Path, pattern: str) -> None:
+    model_dir = str(worlds.make_model("moe", tmp_path / "moe"))
+    source = load_file(Path(model_dir) / "model.safetensors")
+    patterns = (pattern,)
+    frozen, keys = frozen_names(patterns, source), {"freeze": patterns}
+    expected, one, _ = run_ranks(train, 1, Run(model_dir=model_dir, student=keys))[0]
+    run = Run(model_dir=model_dir, layout=Layout(dp=2, ep=2), student=keys)
+    results, weights, moved = run_ranks(train, 2, run)[0]
+    assert moved == [] and frozen
+    for got, want in zip(results, expected, strict=True):
+        assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-4)
+    for key, weight in weights.items():
+        assert torch.equal(weight, source[key]) == (key in frozen), key
+        assert fused_step.relative(weight, one[key]) < 1e-4
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2)], ids=str)
-def test_recomputed_layers_behind_a_frozen_embedding(models: dict[str, str], layout: Layout) -> None:
+def test_recomputed_layers_behind_a_frozen_embedding(
+    models: dict[str, str], layout: Layout
+) -> None:
     run = Run(model_dir=models["llama"], layout=layout, student={"freeze": (EMBEDDING,)})
     keys = {"freeze": (EMBEDDING,), "recompute": {"granularity": "full"}}
     plain, again = (
@@ -111,7 +134,9 @@ def test_recomputed_layers_behind_a_frozen_embedding(models: dict[str, str], lay
     assert again[2] == []
 
 
-@pytest.mark.parametrize(("family", "frozen"), [("llama", r"lm_head\.weight"), ("qwen3", EMBEDDING)])
+@pytest.mark.parametrize(
+    ("family", "frozen"), [("llama", r"lm_head\.weight"), ("qwen3", EMBEDDING)]
+)
 def test_the_head_and_its_loss_may_be_one(models: dict[str, str], family: str, frozen: str) -> None:
     run = Run(model_dir=models[family], layout=Layout(tp=2), student={"freeze": (frozen,)})
     fused, plain = (run_ranks(fused_step.train, 2, run, way)[0] for way in (True, False))

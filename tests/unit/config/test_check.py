@@ -180,6 +180,14 @@ def test_a_right_recipe_passes(recipe: dict[str, Any]) -> None:
             "does not divide the world size 1; start a multiple of 2 ranks",
         ),
         (["student.moe_aux_loss_coeff=0.1"], "is a Qwen3ForCausalLM; remove it"),
+        (
+            ["student.recompute={granularity: full, num_layers: 3}"],
+            "student.recompute.num_layers=3: method=uniform cuts the 4 layers of a stage",
+        ),
+        (
+            ["student.recompute={granularity: selective, method: block}"],
+            "student.recompute.method: is only read with student.recompute.granularity=full",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(
@@ -189,6 +197,18 @@ def test_a_mistake_is_named_with_its_remedy(
         check(recipe, *changes)
     assert wanted in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+def test_experts_get_no_adapters(recipe: dict[str, Any], tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    names = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    more = experts | names | {"norm_topk_prob": True, "router_aux_loss_coef": 0.001}
+    more |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPE | more))
+    attention = "student.lora.target_modules=[q_proj,k_proj,v_proj,o_proj]"
+    check(recipe, "student.lora.rank=4", attention)
+    with pytest.raises(ConfigError, match="down_proj, gate_proj, up_proj are experts"):
+        check(recipe, "student.lora.rank=4")
 
 
 def test_no_teachers(recipe: dict[str, Any]) -> None:
@@ -222,7 +242,7 @@ def test_a_layout_that_the_model_does_not_allow(recipe: dict[str, Any]) -> None:
 
 def test_recomputed_blocks_that_do_not_fill_a_stage(recipe: dict[str, Any]) -> None:
     full = "student.recompute.granularity=full"
-    with pytest.raises(ConfigError, match=r"student\.recompute\.num_layers=99: .*a stage \(4\)"):
+    with pytest.raises(ConfigError, match=r"student\.recompute\.num_layers=99: .*the 4 layers"):
         check(recipe, full, "student.recompute.num_layers=99")
     check(recipe, full, "student.recompute.num_layers=4")
     stages = "student.parallel.pipeline_model_parallel_size=2"
