@@ -52,7 +52,7 @@ test-fast: setup ## unit tests that are not marked slow
 	$(BIN)/python -m pytest tests/unit -m "not slow"
 
 # SOAK_STEPS=2000 makes it longer; each run is also made once undisturbed, to compare.
-soak: setup ## 200 steps with servers killed and hung under way, against a clean run (minutes)
+soak: setup ## 200 steps with servers killed and hung, 20 kills of the trainer, against clean runs (minutes)
 	$(BIN)/python -m pytest tests/soak --timeout 7200 -rP
 
 bench: setup ## speed, memory and error of the losses: bench.json

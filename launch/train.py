@@ -1,7 +1,7 @@
 """The training entry: ``torchrun launch/train.py recipe=mopd_ctkd [key=value ...]``.
 
 Exit codes: 0 trained, 1 the run failed or learned nothing, 2 the recipe cannot run,
-130 interrupted.
+130 interrupted, 143 stopped by SIGTERM after a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from mopd.config import load_config
 from mopd.config.check import check_config
 from mopd.config.load import parse_arguments
 from mopd.demo.fill import WorldFill
-from mopd.errors import ConfigError, DidNotLearnError, MopdError
+from mopd.errors import ConfigError, DidNotLearnError, MopdError, Stopped
 
 INTERRUPTED = 130
+STOPPED = 143
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,10 +53,30 @@ def main(argv: Sequence[str]) -> int:
         if is_main:
             print("interrupted: the same command continues from the last checkpoint")
         return INTERRUPTED
+    except Stopped as error:
+        if is_main:
+            print(f"{error}; the same command continues", flush=True)
+        return STOPPED
     except MopdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not _is_lost_rank(error):
+            raise
+        print(
+            f"error: rank {os.environ.get('RANK', '0')}: another rank ended, or its connection did;"
+            " torchrun names the first one under `Root Cause`; the same command continues from the "
+            "last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
     return 0
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    from mopd.student.parallel import is_lost_rank
+
+    return is_lost_rank(error)
 
 
 if __name__ == "__main__":

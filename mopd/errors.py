@@ -38,3 +38,7 @@ class TeacherExhausted(TeacherError):
 
 class DidNotLearnError(MopdError, RuntimeError):
     """The run ended and no domain improved."""
+
+
+class Stopped(MopdError):
+    """The run was asked to end (SIGTERM), and has saved a checkpoint of all it did."""

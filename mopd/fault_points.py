@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 Handler = Callable[[str], None]
 
-FAULT_POINTS = (
-    # the numbered steps of a save, in their order
+SAVE_POINTS = (  # the numbered steps of a save, in their order
     "save.part.created",
     "save.shard.started",
     "save.shard.written",
@@ -28,6 +27,11 @@ FAULT_POINTS = (
     "save.pruning",
     "save.pruned",
 )
+STEP_POINTS = (  # of an optimizer step: before it changes a weight, and before it is counted
+    "step.gradients.ready",
+    "step.weights.changed",
+)
+FAULT_POINTS = (*SAVE_POINTS, *STEP_POINTS)
 
 _handler: Handler | None = None
 

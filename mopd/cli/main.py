@@ -14,7 +14,9 @@ from mopd import __version__
 from mopd.errors import ConfigError, MopdError
 
 VERBS = {
+    "checkpoint": "list or verify the checkpoints of a run",
     "config": "print a recipe, resolved and validated",
+    "export": "write a checkpoint as a Hugging Face model or a PEFT adapter",
     "projection": "build, audit, show or convert the projection of two tokenizers",
     "serve": "score token ids over HTTP, for teachers of other runs",
     "world": "build the embedded world, or show where it is",

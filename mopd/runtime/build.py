@@ -46,7 +46,8 @@ class Run:
     """Everything the loop needs. ``sampler``, ``pool``, ``feed`` and ``eval_feed`` exist on lead
     ranks only, and ``sampler`` only where somebody asks it.
 
-    ``finished`` is called after every step and every domain of an evaluation.
+    ``finished`` is called after every step and every domain of an evaluation, ``stop_asked`` after
+    every step: whether this rank was told to save and end.
     """
 
     config: RunConfig
@@ -65,6 +66,7 @@ class Run:
     spans: Spans
     servers: Servers
     finished: Callable[[], None] = lambda: None
+    stop_asked: Callable[[], bool] = lambda: False
 
 
 def build_run(config: RunConfig) -> Run:

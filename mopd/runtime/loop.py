@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mopd.config.schema import RunConfig
-from mopd.errors import DidNotLearnError, MopdError
+from mopd.errors import DidNotLearnError, MopdError, Stopped
 from mopd.losses.balance import Balance
 from mopd.losses.cross_entropy import CROSS_ENTROPY
 from mopd.metrics.sinks import Sink
@@ -31,7 +31,7 @@ from mopd.runtime.learned import save_learned_projections
 from mopd.runtime.ledger import added
 from mopd.runtime.objective import loss_balance, static_weights
 from mopd.runtime.probe import compare, names_of, probe_ids
-from mopd.runtime.replica import from_lead, gather_leads, sum_over_leads
+from mopd.runtime.replica import any_rank, from_lead, gather_leads, sum_over_leads
 from mopd.runtime.report import log_step, mean_of
 from mopd.serving.journal import drop_stale_journals
 from mopd.student import checkpoint
@@ -66,6 +66,9 @@ def train(run: Run, sink: Sink) -> Summary:
     """Trains from the newest checkpoint, or from the start, to ``train.steps``.
 
     Every rank returns the same summary. Policy version n is the student before step n.
+
+    Raises:
+        Stopped: after a step and a checkpoint of it, where any rank was asked to stop.
     """
     started = time.perf_counter()
     state = _resume(run, sink)
@@ -99,11 +102,15 @@ def train(run: Run, sink: Sink) -> Summary:
         _stop_if_stuck(state, batch, result)
         found = _evaluate(run, sink, state) if is_due(config, state.step) else None
         state.seconds = seconds_before + time.perf_counter() - started
-        if _save_is_due(config, state, evaluated=found is not None):
+        stopping = any_rank(run.topology, run.stop_asked())
+        if stopping or _save_is_due(config, state, evaluated=found is not None):
             score = found.score(config.evaluate.metric) if found else None
             _save(run, state, saver, score=score)
         saver.check()
         run.finished()
+        if stopping:
+            saver.close()
+            raise Stopped(f"SIGTERM: ended after step {state.step}, with a checkpoint of it")
     saver.close()
     return _finish(run, sink, state, started=started, seconds_before=seconds_before)
 

@@ -66,6 +66,15 @@ def refuse_together(topology: Topology, problem: Exception | None, *, what: str)
             raise MopdError(f"{what}: rank {rank}: {said}") from problem
 
 
+def any_rank(topology: Topology, value: bool) -> bool:
+    """Whether ``value`` is true on any rank of the job; the same on all. A few bytes."""
+    found = torch.tensor([int(value)])
+    for group in (topology.replica_group, topology.dp_host_group):
+        if group.size() > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return bool(found.item())
+
+
 def from_main(value: T | None) -> T:
     """Rank 0's ``value`` on every rank of the job."""
     box = [value]

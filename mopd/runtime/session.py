@@ -55,6 +55,7 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
     Raises:
         ConfigError: the directory holds a run with other settings.
         DidNotLearnError: after everything is written, or again for a finished run.
+        Stopped: SIGTERM came; a checkpoint of the last step is there.
     """
     directory = Path(config.run.dir) / config.run.name
     is_main = os.environ.get("RANK", "0") == "0"
@@ -75,8 +76,10 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
         watchdog.feed()
         interrupt.check()
 
-    run = dataclasses.replace(run, finished=progress)
-    with ExitStack() as opened:  # closed in the reverse order, whichever of them fails
+    run = dataclasses.replace(run, finished=progress, stop_asked=lambda: interrupt.is_stopping)
+    # Within `interrupt` to the end: torchrun tells the ranks beside a dead one to end, and they
+    # are to say why they do. The others are closed in the reverse order, whichever of them fails.
+    with interrupt, ExitStack() as opened:
         opened.callback(shutdown)
         opened.callback(sink.close)
         for part in (run.servers, run.sampler, run.pool, run.feed):
@@ -84,7 +87,7 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
                 opened.callback(part.close)
         if run.pool is not None and run.topology.dp_rank == 0:
             recognise(directory, run.pool.teachers)
-        with interrupt, watchdog:
+        with watchdog:
             summary = dataclasses.replace(train(run, sink), world=world)
     if is_main:
         write_summary(directory / "summary.json", summary)

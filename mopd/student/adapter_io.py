@@ -18,7 +18,7 @@ from torch import nn
 
 from mopd.config.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mopd.errors import ArtifactError
-from mopd.student.files import fsync_directory, fsync_file, replace_directory
+from mopd.storage.files import fsync_directory, fsync_file, replace_directory
 from mopd.student.hf_io import ModelView, to_lead
 from mopd.student.lora import Adapters, Target
 from mopd.student.parallel import Topology
@@ -112,17 +112,24 @@ def iter_adapter(model: AdaptedModel) -> Iterator[tuple[str, torch.Tensor | None
         yield peft_name(target, "B"), to_lead(b, (rows, adapters.rank), stage, model=model)
 
 
-def save_peft(model: AdaptedModel, out_dir: str | Path, *, base_dir: str | Path) -> None:
+def save_peft(
+    model: AdaptedModel,
+    out_dir: str | Path,
+    *,
+    base_dir: str | Path,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`; `out_dir` appears whole.
 
-    ``base_dir`` is the model that the adapter belongs to. Collective over the replica, and over
-    that replica only: call it on the ranks of one replica.
+    ``base_dir`` is the model that the adapter belongs to, ``dtype`` that of the file; None: the
+    model's. Collective over the replica, and over that replica only: call it on the ranks of one
+    replica.
     """
     out_dir, adapters = Path(out_dir), model.adapters
     if adapters is None:
         raise ValueError("the model has no adapters; set student.lora.rank")
     tensors = {
-        name: tensor.contiguous().cpu()
+        name: tensor.to(dtype or model.dtype).contiguous().cpu()
         for name, tensor in iter_adapter(model)
         if tensor is not None
     }

@@ -2,7 +2,7 @@
 
 `<dir>/step-000050/` holds `rank-<r>.safetensors` per rank (what it is the main holder of, and its
 generators), `index.json` (where the parts of a tensor are), `state.json`, and the manifest
-(`mopd.student.manifest`). All ranks must see `<dir>` on one file system.
+(`mopd.storage.manifest`). All ranks must see `<dir>` on one file system.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from mopd.errors import ArtifactError
-from mopd.student import manifest as manifests
-from mopd.student.manifest import (
+from mopd.storage import manifest as manifests
+from mopd.storage.manifest import (
     INDEX,
     STATE,
     CheckpointInfo,

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch
 import torch.distributed as dist
 
-from mopd.student.files import fsync_directory, replace_directory
+from mopd.storage.files import fsync_directory, replace_directory
 from mopd.student.hf_io import ModelView, describe, iter_hf_weights
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -29,11 +29,17 @@ _COPIED = (
 )
 
 
-def save_hf(model: ModelView, out_dir: str | Path, *, source_dir: str | Path) -> None:
+def save_hf(
+    model: ModelView,
+    out_dir: str | Path,
+    *,
+    source_dir: str | Path,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write config, weights, generation config and tokenizer files; `out_dir` appears whole.
 
-    Collective over all ranks of the job: experts may lie on several replicas. The first replica's
-    lead writes.
+    ``dtype`` is that of the file; None: the model's. Collective over all ranks of the job: experts
+    may lie on several replicas. The first replica's lead writes.
     """
     topology = model.topology
     if topology.dp_rank > 0:
@@ -43,7 +49,7 @@ def save_hf(model: ModelView, out_dir: str | Path, *, source_dir: str | Path) ->
         return
     out_dir, is_lead = Path(out_dir), topology.is_lead
     part = out_dir.with_name(out_dir.name + ".part")
-    dtype = model.dtype
+    dtype = dtype or model.dtype
     if is_lead:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -51,7 +57,7 @@ def save_hf(model: ModelView, out_dir: str | Path, *, source_dir: str | Path) ->
             write_header(file, describe(model), dtype)
             for _, tensor in iter_hf_weights(model):
                 assert tensor is not None
-                file.write(tensor.contiguous().cpu().view(torch.uint8).numpy().data)
+                file.write(tensor.to(dtype).contiguous().cpu().view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
         _copy_side_files(Path(source_dir), part, dtype)

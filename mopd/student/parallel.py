@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -103,6 +105,8 @@ def initialize(
     )
     # One stream of random numbers per pipeline stage, as Megatron's own trainer seeds it.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)
     return _topology(backend, local_rank, timeout)
@@ -112,6 +116,15 @@ def adopt(backend: DeviceBackend, *, timeout: timedelta = TIMEOUT) -> Topology:
     """This rank's place in a job whose `parallel_state` somebody else has initialised, with its
     gloo groups. Collective over all ranks."""
     return _topology(backend, int(os.environ.get("LOCAL_RANK", "0")), timeout)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, or cannot be reached."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    # gloo raises bare RuntimeErrors
+    text = str(error)
+    return isinstance(error, RuntimeError) and "gloo" in text and "by peer" in text
 
 
 def shutdown() -> None:

@@ -20,8 +20,8 @@ import torch
 
 from mopd.errors import ArtifactError
 from mopd.fault_points import fault_point
-from mopd.student.files import sha256, write_bytes
-from mopd.student.manifest import INDEX, STATE, Files, prepare, prune, publish, step_name, to_json
+from mopd.storage.files import sha256, write_bytes
+from mopd.storage.manifest import INDEX, STATE, Files, prepare, prune, publish, step_name, to_json
 from mopd.student.shard_files import Piece, build_index, dtype_code, write_tensors
 from mopd.student.sharded import Shard
 

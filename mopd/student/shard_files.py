@@ -156,9 +156,15 @@ class PieceReader:
             return f"has {key} as {entry['shape']} {entry['dtype']}, not {wanted[0]} {wanted[1]}"
         return None
 
+    def dtype(self, key: str) -> torch.dtype | None:
+        """The type of ``key``; None where it is in no piece."""
+        entry = self._index.get(key)
+        return None if entry is None else DTYPES[entry["dtype"]]
+
     def fill(self, target: torch.Tensor, *, key: str, offset: Sequence[int]) -> None:
         """Copy the box of ``key`` at ``offset``, of the shape of ``target``, into ``target``.
 
+        Numbers are rounded where ``target`` has another type.
         Raises ArtifactError where the pieces leave a part of it open.
         """
         filled = 0

@@ -31,6 +31,9 @@ from mopd.student.optim import inner_optimizers
 
 Described = ShardedTensor | ShardedTensorFactory
 
+MODEL = "model."  # how names of weights begin
+MAIN_WEIGHTS = "optimizer.param."  # and those of their float32 main weights, where there are any
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
@@ -50,12 +53,7 @@ def describe(model: StudentModel, optimizer: MegatronOptimizer) -> list[Shard]:
     """
     described = _describe_model(model)
     vocab = (model.padded_vocab_size, model.vocab_size)
-    shards = [
-        shard
-        for base in described
-        for part in _parts(base)
-        for shard in _clipped(_shard(part, "model."), part, vocab)
-    ]
+    shards = _model_shards(described, vocab)
     by_parameter = {id(base.data): base for base in described}
     for held in _held_by(optimizer, model):
         base = by_parameter[id(held.parameter)]
@@ -67,6 +65,11 @@ def describe(model: StudentModel, optimizer: MegatronOptimizer) -> list[Shard]:
                 parts = _flat_parts(base, tensor, held.span, prefix)
             shards += [found for part, shard in parts for found in _clipped(shard, part, vocab)]
     return shards
+
+
+def describe_model(model: StudentModel) -> list[Shard]:
+    """`describe` for a model without an optimizer."""
+    return _model_shards(_describe_model(model), (model.padded_vocab_size, model.vocab_size))
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
@@ -107,6 +110,15 @@ def _describe_model(model: StudentModel) -> list[Described]:
         assert base is not None, f"{name}: no sharded_state_dict describes it"
         _check_split(name, parameter, base, model)
     return found
+
+
+def _model_shards(described: list[Described], vocab: tuple[int, int]) -> list[Shard]:
+    return [
+        shard
+        for base in described
+        for part in _parts(base)
+        for shard in _clipped(_shard(part, MODEL), part, vocab)
+    ]
 
 
 def _check_split(

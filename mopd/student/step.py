@@ -16,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mopd.align.share import ShareBy, share_micro_batch
+from mopd.fault_points import fault_point
 from mopd.losses.base import LossOutput
 from mopd.student.model import StudentModel
 from mopd.student.moe import pop_load
@@ -150,8 +151,10 @@ class Student:
         grad_norm = self._prepare_update()
         # Both numbers are equal on all ranks, so all ranks take the same branch.
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        fault_point("step.gradients.ready")
         if not skipped:
             self.optimizer.step_with_ready_grads()
+            fault_point("step.weights.changed")
             self.scheduler.step(1)
         self._step_companions(num_tokens, skipped=skipped)
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, metrics=sums, skipped=skipped)

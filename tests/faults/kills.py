@@ -51,13 +51,13 @@ def blows(seed: int, *, steps: int, number: int, hangs: bool = False) -> list[Bl
     ]
 
 
-def stub(world: World, *, scored_by_model: bool = False) -> StubProcess:
+def stub(world: World, *, scored_by_model: bool = False, delay_s: float = DELAY_S) -> StubProcess:
     """A server of the teacher `sort`."""
     directory = world.teachers["sort"]
     return StubProcess(
         vocab_size=ChatTokenizer.load(directory).vocabulary.size,
         model=directory if scored_by_model else None,
-        delay_s=DELAY_S,
+        delay_s=delay_s,
     )
 
 

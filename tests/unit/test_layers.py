@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mopd.runtime",),
     ("mopd.student", "mopd.rollout", "mopd.teachers"),
     ("mopd.align", "mopd.projection", "mopd.losses", "mopd.serving"),
-    ("mopd.tokens", "mopd.config", "mopd.device", "mopd.metrics"),
+    ("mopd.tokens", "mopd.config", "mopd.device", "mopd.metrics", "mopd.storage"),
     ("mopd.types", "mopd.errors", "mopd.fault_points"),
     ("mopd",),
 )

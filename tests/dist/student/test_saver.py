@@ -20,9 +20,9 @@ import torch
 
 from mopd import fault_points
 from mopd.errors import ArtifactError
+from mopd.storage.manifest import problem
 from mopd.student import checkpoint
 from mopd.student.checkpoint import Saver, find_latest, list_checkpoints, verify
-from mopd.student.manifest import problem
 from mopd.student.save_job import SaveJob
 from mopd.student.shard_files import PieceReader
 from mopd.student.step import Student
@@ -194,7 +194,7 @@ def kill_at_every_point(run: Run, directory: str) -> list[tuple[str, bool, bool]
     advance(student, run, range(1))
     Saver(base, student=student, keep_last=1).save({"step": 10})
     before = whole(student)
-    for number, point in enumerate(fault_points.FAULT_POINTS, 2):
+    for number, point in enumerate(fault_points.SAVE_POINTS, 2):
         advance(student, run, range(1))
         after, job = whole(student), job_of(student, base, 10 * number)
 
@@ -225,7 +225,7 @@ _AFTER_RENAME = ("save.renamed", "save.pruning", "save.pruned")
 
 def test_a_kill_at_any_step_of_a_save_leaves_a_checkpoint(qwen3: str, tmp_path: Path) -> None:
     (report,) = run_ranks(kill_at_every_point, 1, Run(model_dir=qwen3), str(tmp_path))
-    assert report == [(point, True, True) for point in fault_points.FAULT_POINTS]
+    assert report == [(point, True, True) for point in fault_points.SAVE_POINTS]
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["latest", "step-000900"]
 

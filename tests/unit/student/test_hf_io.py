@@ -12,7 +12,7 @@ from safetensors.torch import load, load_file, save_file
 
 from mopd.config.model_shape import ModelShape
 from mopd.errors import ArtifactError
-from mopd.student.files import replace_directory
+from mopd.storage.files import replace_directory
 from mopd.student.hf_export import write_header
 from mopd.student.hf_io import HfReader, build_slots
 from mopd.student.spec import rms_norm

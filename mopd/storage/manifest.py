@@ -15,14 +15,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mopd.errors import ArtifactError
 from mopd.fault_points import fault_point
-from mopd.student.files import fsync_directory, replace_file, sha256, write_bytes
+from mopd.storage.files import fsync_directory, replace_file, sha256, write_bytes
 
 FORMAT = 2
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
@@ -30,6 +30,7 @@ INDEX, STATE = "index.json", "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
 Files = dict[str, dict[str, Any]]  # name -> {"size": bytes, "sha256": hex}
+Report = Callable[[str, int], None]  # a file's name, and how many more of its bytes were read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +42,17 @@ class CheckpointInfo:
     score: float | None  # of the evaluation it was saved at; higher is better
     layout: Mapping[str, int]  # sizes of the parallel axes that wrote it
     size: int  # bytes
+    saved: float | None  # seconds since 1970
     problem: str | None
 
 
 def step_name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a directory with the name of one."""
+    return _NAME.fullmatch(path.resolve().name) is not None and path.is_dir()
 
 
 def step_of(path: Path) -> int:
@@ -82,6 +89,12 @@ def find_latest(directory: Path) -> Path | None:
     )
 
 
+def ranked(infos: Collection[CheckpointInfo]) -> list[CheckpointInfo]:
+    """Those with a score, the best first; of equal ones the later."""
+    scored = [info for info in infos if info.score is not None]
+    return sorted(scored, key=lambda info: (info.score, info.step), reverse=True)
+
+
 def oldest_step(directory: Path) -> int:
     """The step of the oldest checkpoint that is kept; 0 where there is none."""
     return min(_published(directory), default=0)
@@ -95,18 +108,29 @@ def verify(path: Path) -> None:
 
 
 def problem(path: Path, *, share: tuple[int, int] = (0, 1), contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint, or None.
+    """The first of `problems`, or None."""
+    return next(problems(path, share=share, contents=contents), None)
+
+
+def problems(
+    path: Path,
+    *,
+    share: tuple[int, int] = (0, 1),
+    contents: bool = True,
+    report: Report | None = None,
+) -> Iterator[str]:
+    """What is wrong with a checkpoint, one line each.
 
     ``share`` (i, n) reads the i-th of n parts of its files only; without ``contents`` names and
-    sizes are all that is compared.
+    sizes are all that is compared. ``report`` hears of every piece that was read.
     """
     try:
-        manifest = read_manifest(path)
-        return _wrong_files(path, manifest["files"], share=share, contents=contents)
+        files = read_manifest(path)["files"]
+        yield from _wrong_files(path, files, share=share if contents else None, report=report)
     except ArtifactError as error:
-        return str(error)
+        yield str(error)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path} cannot be read ({error!r})"
+        yield f"{path} cannot be read ({error!r})"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -173,9 +197,7 @@ def prune(directory: Path, *, step: int, keep_last: int, keep_best: int) -> None
     Leftovers of crashed saves go; later steps, of a branch the run has left, stay.
     """
     infos = [info for info in list_checkpoints(directory) if info.step <= step]
-    scored = [(info.score, info.step) for info in infos if info.score is not None]
-    kept = {info.step for info in infos[-keep_last:]}
-    kept |= {of for _, of in sorted(scored, reverse=True)[:keep_best]}
+    kept = {info.step for info in (*infos[-keep_last:], *ranked(infos)[:keep_best])}
     for info in infos:
         if info.step not in kept:
             # Under its own name a half-deleted checkpoint would pass for a damaged one.
@@ -210,25 +232,30 @@ def _describe(path: Path) -> CheckpointInfo:
         score=manifest.get("score"),
         layout=manifest.get("layout", {}),
         size=sum(entry["size"] for entry in manifest.get("files", {}).values()),
+        saved=None if trouble else (path / MANIFEST).stat().st_mtime,
         problem=trouble,
     )
 
 
-def _wrong_files(path: Path, files: Files, *, share: tuple[int, int], contents: bool) -> str | None:
+def _wrong_files(
+    path: Path, files: Files, *, share: tuple[int, int] | None, report: Report | None
+) -> Iterator[str]:
     there = {entry.name for entry in path.iterdir()}
     expected = {*files, MANIFEST, DIGEST}
-    if there != expected:
-        name = min(there ^ expected)
+    for name in sorted(there ^ expected):
         trouble = "is missing" if name in expected else "is not in the manifest"
-        return f"{path / name} {trouble}"
-    for name, entry in files.items():
+        yield f"{path / name} {trouble}"
+    cut = set()
+    for name in sorted(there & files.keys()):
         size = (path / name).stat().st_size
-        if size != entry["size"]:
-            return f"{path / name} has {size} bytes, the manifest says {entry['size']}"
-    for name in _share(files, *share) if contents else ():
-        if sha256(path / name) != files[name]["sha256"]:
-            return f"{path / name} does not match its SHA-256 in the manifest"
-    return None
+        if size != files[name]["size"]:
+            cut.add(name)
+            yield f"{path / name} has {size} bytes, the manifest says {files[name]['size']}"
+    for name in _share(files, *share) if share is not None else ():
+        if name not in there or name in cut:
+            continue
+        if sha256(path / name, report=report) != files[name]["sha256"]:
+            yield f"{path / name} does not match its SHA-256 in the manifest"
 
 
 def _share(files: Files, index: int, count: int) -> Collection[str]:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+_PIECE = 2**24
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+
+def sha256(path: Path, *, report: Callable[[str, int], None] | None = None) -> str:
+    """Hex digest of a file, read in pieces; ``report`` gets its name and each piece's size."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            if report is not None:
+                report(path.name, len(piece))
+    return digest.hexdigest()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
