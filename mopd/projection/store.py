@@ -9,6 +9,7 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,14 +21,14 @@ from mopd.projection.options import ProjectionOptions
 from mopd.tokens.vocabulary import Vocabulary
 from mopd.types import FibreTrie, Projection
 
-FORMAT = "mopd-projection-5"
+FORMAT = "mopd-projection-6"
 _MATRIX = ("crow", "col", "val", "kind", "fold", "common")
 _TRIE = tuple(f.name for f in dataclasses.fields(FibreTrie))
 _DTYPES = {"I64": np.int64, "I32": np.int32, "F32": np.float32, "U8": np.uint8, "BOOL": np.bool_}
 
 
 def save_projection(path: Path, projection: Projection, *, options: ProjectionOptions) -> None:
-    """Writes one safetensors file; readers see the old file or the whole new one."""
+    """Writes one safetensors file with its own digest; readers see the old file or the new one."""
     arrays = {name: getattr(projection, name) for name in _MATRIX}
     arrays |= {f"trie.{name}": getattr(projection.trie, name) for name in _TRIE}
     metadata = {
@@ -39,7 +40,10 @@ def save_projection(path: Path, projection: Projection, *, options: ProjectionOp
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, metadata)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(arrays, temporary, metadata)
+    metadata["sha256"] = _digest(*_parts(Path(temporary)))
+    save_file(arrays, temporary, metadata)  # the digest makes the header longer, and nothing else
     os.replace(temporary, path)
 
 
@@ -57,7 +61,8 @@ def load_projection(
     With ``options`` None a file is taken whatever it was built with.
 
     Raises:
-        ArtifactError: no projection file, another format, a fingerprint or an option that differs.
+        ArtifactError: no projection file, another format, damage in any byte, a fingerprint or an
+            option that differs.
     """
     metadata, arrays = _mapped(path)
     for side, vocabulary in (("student", student), ("teacher", teacher)):
@@ -83,25 +88,42 @@ def _mapped(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     try:
         with safe_open(str(path), framework="np"):  # checks the header, offsets and length
             pass
-        with path.open("rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, SafetensorError) as error:
+        header, data = _parts(path)
+        metadata: dict[str, str] = header["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise ArtifactError(f"{path}: format {metadata['format']}, wanted {FORMAT}; delete it")
+        if metadata["sha256"] != _digest(header, data):
+            raise ArtifactError(f"{path}: does not match its own SHA-256: damaged; delete it")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: not a readable projection ({error}); delete it") from error
-    begin = 8 + int.from_bytes(mapping[:8], "little")  # a length, so many bytes of JSON, the arrays
-    header = json.loads(mapping[8:begin])
-    metadata = header.pop("__metadata__", {})
-    if metadata.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: format {metadata.get('format')}, wanted {FORMAT}; delete it")
     arrays = {
         name: np.ndarray(
             entry["shape"],
             dtype=_DTYPES[entry["dtype"]],
-            buffer=mapping,
-            offset=begin + entry["data_offsets"][0],
+            buffer=data,
+            offset=entry["data_offsets"][0],
         )
         for name, entry in header.items()
+        if name != "__metadata__"
     }
     return metadata, arrays
+
+
+def _parts(path: Path) -> tuple[dict[str, Any], memoryview]:
+    """The header, and a read-only mapping of the bytes behind it."""
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    begin = 8 + int.from_bytes(mapping[:8], "little")  # a length, so many bytes of JSON, the arrays
+    return json.loads(mapping[8:begin]), memoryview(mapping)[begin:]
+
+
+def _digest(header: dict[str, Any], data: memoryview) -> str:
+    """Hex SHA-256 of everything but itself."""
+    rest = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    metadata = {name: v for name, v in header["__metadata__"].items() if name != "sha256"}
+    found = hashlib.sha256(json.dumps([metadata, rest], sort_keys=True).encode())
+    found.update(data)
+    return found.hexdigest()
 
 
 def _differing(stored: str, options: ProjectionOptions) -> str:
