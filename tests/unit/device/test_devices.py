@@ -30,6 +30,7 @@ EXPECTED_SYMBOLS = {
     "megatron.core.tensor_parallel.layers.torch",
     "megatron.core.tensor_parallel.mappings.torch",
     "megatron.core.tensor_parallel.random.torch",
+    "megatron.core.transformer.utils.torch",
     "megatron.core.utils.torch",
     # the generator
     "megatron.core.tensor_parallel.random._get_cuda_rng_state",
