@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from mopd.demo import World, WorldSpec, ensure_world
 from tests.helpers.vllm_server import VllmServer, run_vllm_server, vllm_python
+
+# A slow machine is no counterexample.
+settings.register_profile("mopd", deadline=None)
+settings.load_profile("mopd")
 
 
 @pytest.fixture(scope="session")

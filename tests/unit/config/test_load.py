@@ -221,7 +221,7 @@ def test_a_dump_is_a_recipe(recipes: Path) -> None:
     assert load_config("dumped") == config
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     # `???` alone is refused by design
     st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])).filter("???".__ne__)

@@ -59,7 +59,7 @@ def kl(p: np.ndarray, q: np.ndarray) -> float:
 
 
 @given(vocabularies(), teachers(), OPTIONS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_rows_are_stochastic_33(
     student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions
 ) -> None:
@@ -74,7 +74,7 @@ def test_rows_are_stochastic_33(
 
 
 @given(vocabularies(), OPTIONS)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_same_tokenizer_is_the_identity_34(
     vocabulary: Vocabulary, options: ProjectionOptions
 ) -> None:
@@ -91,7 +91,7 @@ def test_the_same_tokenizer_is_the_identity_34(
 
 
 @given(WORDS, SEEDS, OPTIONS)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_another_order_of_ids_is_a_permutation_34(
     words: list[str], seed: int, options: ProjectionOptions
 ) -> None:
@@ -106,7 +106,7 @@ def test_another_order_of_ids_is_a_permutation_34(
 
 
 @given(vocabularies(), teachers(), OPTIONS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_fold_rests_on_columns_of_w(
     student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions
 ) -> None:
@@ -128,7 +128,7 @@ def test_the_fold_rests_on_columns_of_w(
 
 
 @given(vocabularies(), teachers(), OPTIONS, SEEDS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_data_processing_36(
     student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions, seed: int
 ) -> None:
@@ -142,7 +142,7 @@ def test_data_processing_36(
 
 
 @given(vocabularies(), teachers(), OPTIONS, SEEDS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_a_fibre_is_blind_36(
     student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions, seed: int
 ) -> None:
@@ -160,7 +160,7 @@ def test_a_fibre_is_blind_36(
 
 
 @given(vocabularies(), teachers(), OPTIONS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_members_of_a_group_go_on_with_its_piece(
     student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions
 ) -> None:
@@ -190,7 +190,7 @@ def test_members_of_a_group_go_on_with_its_piece(
 
 
 @given(vocabularies(), teachers(), OPTIONS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_partners_are_one_to_one_43(
     student: Vocabulary, teacher: Vocabulary, options: ProjectionOptions
 ) -> None:

@@ -83,7 +83,7 @@ def check(found: RawRows, exact: RawRows) -> None:
         np.testing.assert_allclose(getattr(found, name), getattr(exact, name), atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(2, 12), min_size=1, max_size=4),
     pieces=st.lists(st.integers(1, 9), min_size=1, max_size=4),
