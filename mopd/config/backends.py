@@ -14,9 +14,10 @@ from mopd.config.section import (
 
 
 class ServerSection(Section):
-    """vLLM servers that mopd starts itself, on the host of rank 0, and ends with the run."""
+    """vLLM servers that mopd starts itself and ends with the run."""
 
     replicas: PositiveInt = 1
+    tensor_parallel_size: PositiveInt = 1  # devices of each replica
     # an interpreter that has vLLM; None: $MOPD_VLLM_PYTHON, this one, or .venv-vllm's
     python: str | None = None
     args: tuple[str, ...] = ()  # more words for vLLM's server, as in [--dtype, bfloat16]

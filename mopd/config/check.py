@@ -24,6 +24,7 @@ from mopd.config.check_student import check_fit, check_student
 from mopd.config.data_files import check_data, check_data_path
 from mopd.config.keys import printable
 from mopd.config.model_shape import read_model_config
+from mopd.config.pools import check_pools
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 
@@ -44,6 +45,7 @@ def check_config(config: RunConfig, *, world_size: int) -> None:
         _teachers(config),
         _backends(config),
         check_started(config),
+        check_pools(config),
         check_inside(config),
         check_rollout(config, world_size=world_size),
         check_losses(config),

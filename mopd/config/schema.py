@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
+from mopd.config.cluster import ClusterSection, PoolSection, RaySection
 from mopd.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -124,6 +125,7 @@ class TeacherSection(Section):
     loss: LossName | None = None  # None takes `distillation.loss`
     domains: tuple[str, ...] = ()
     projection_matrix_path: str | None = None  # None builds it and caches it under `cache_dir`
+    pool: str | None = None  # None: a pool of its own name; `student`: the student's processes
     backend: TeacherBackendSection = TeacherBackendSection()
 
 
@@ -269,6 +271,7 @@ class RolloutSection(Section):
     max_staleness: NonNegativeInt = 0  # optimizer steps between sampling and training; > 0 overlaps
     lmbda: Probability = 1.0  # the share of answers that the student writes itself
     off_policy: Literal["dataset", "teacher"] = "dataset"  # who writes the others
+    pool: str | None = None  # None: `student` where it samples in process, else `rollout`
     backend: RolloutBackendSection = RolloutBackendSection()
 
 
@@ -345,7 +348,7 @@ class RunConfig(Section):
     """A whole recipe, resolved."""
 
     run: RunSection = RunSection()
-    launcher: Literal["torchrun"] = "torchrun"
+    launcher: Literal["torchrun", "ray"] = "torchrun"
     cache_dir: str = ".cache/mopd"
     student: StudentSection = StudentSection()
     teachers: dict[str, TeacherSection] = Field(default_factory=dict)
@@ -362,3 +365,6 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     journal: JournalSection = JournalSection()
     logging: LoggingSection = LoggingSection()
+    cluster: ClusterSection = ClusterSection()
+    pools: dict[str, PoolSection] = Field(default_factory=dict)
+    ray: RaySection = RaySection()
