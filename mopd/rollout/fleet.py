@@ -29,7 +29,6 @@ T = TypeVar("T")
 
 MAX_PAUSE_S = 2.0
 WAIT_S = 0.2  # between two looks at whether somebody else has brought the weights
-CLOSE_S = 5.0
 MAX_FOREIGN = 2  # times that somebody else's weights replaced ours
 
 
@@ -346,10 +345,6 @@ class Fleet:
             self._changed.notify_all()
 
     async def close(self) -> None:
-        tasks = [m.preparing for m in self._members if m.preparing is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=CLOSE_S)
+        """Behind the end of every task."""
         for member in self._members:
             await member.server.close()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,14 +18,14 @@ from mopd.rollout.fleet import Fleet, FleetOptions
 from mopd.rollout.push import BroadcastPush, FilePush, WeightPush
 from mopd.rollout.tasks import Job, Jobs
 from mopd.rollout.versions import VersionPolicy
+from mopd.serving.loop_thread import LoopEnded, LoopThread
 from mopd.serving.sample_server import SampleServer, SampleServerOptions
 from mopd.serving.sampling import MAX_SEQUENCES, PROCESSED, EngineFacts, SampleRequest
 from mopd.types import Prompt, Rollout
 
 T = TypeVar("T")
 
-GLANCE_S = 0.5  # between two looks at whether the thread still lives
-CLOSE_S = 5.0
+CLOSE_S = 5.0  # for a call of another thread, before it is ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +74,6 @@ class VllmSampler:
         self._push = _push(sync, vocab_size=jobs.vocab_size, deadline_s=server.update_s)
         self._tempered = jobs.options(greedy=False).temperature != 1.0
         self._lock = threading.Lock()
-        self._closed = False
         self._fleet = Fleet(
             [SampleServer(url, server) for url in urls],
             policy=self._policy,
@@ -84,9 +81,7 @@ class VllmSampler:
             check=self._check,
             options=fleet,
         )
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="sampler", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("sampler", release=self._fleet.close)
         try:
             self._room = self._run(self._fleet.start())
         except BaseException:
@@ -178,49 +173,24 @@ class VllmSampler:
             )
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._closed or not self._thread.is_alive():
-            work.close()
-            raise SamplerError("rollout.backend: the sampler is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            # every request has a deadline; the thread itself may end
-            while not wait([future], timeout=GLANCE_S).done:
-                if not self._thread.is_alive():
-                    raise SamplerError("rollout.backend: closed while it was asked")
-            return future.result()
-        except CancelledError:
-            raise SamplerError("rollout.backend: closed while it was asked") from None
-        except BaseException:
-            future.cancel()
-            raise
+            return self._thread.run(work)
+        except LoopEnded:
+            ended = self._thread.ended
+            why = "closed while it was asked"
+            if ended is not None:
+                why = f"the thread of its requests ended with {type(ended).__name__} ({ended})"
+            raise SamplerError(f"rollout.backend: {why}") from ended
 
     def close(self) -> None:
         """Ends what is asked, within seconds; safe to call twice. The servers go on."""
         held = self._lock.acquire(timeout=CLOSE_S)
         try:
-            if self._closed:
-                return
-            self._closed = True
-            if self._thread.is_alive():
-                asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-                self._thread.join(timeout=2 * CLOSE_S)
-            if not self._thread.is_alive():
-                self._loop.close()
+            self._thread.close()
             self._push.close()
         finally:
             if held:
                 self._lock.release()
-
-    async def _end(self) -> None:
-        try:
-            async with asyncio.timeout(CLOSE_S):
-                await self._fleet.close()
-        finally:
-            if others := asyncio.all_tasks() - {asyncio.current_task()}:
-                for task in others:
-                    task.cancel()
-                await asyncio.wait(others, timeout=CLOSE_S / 2)
-            self._loop.stop()
 
 
 def _push(sync: SyncOptions, *, vocab_size: int, deadline_s: float) -> WeightPush:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -25,6 +23,7 @@ from mopd.serving.http import (
     RetryableError,
     ServerError,
 )
+from mopd.serving.loop_thread import LoopEnded, LoopThread
 from mopd.serving.reply import ArrayRows, Entries
 from mopd.serving.retry import LATE_S, RetryOptions, all_of, attempt
 from mopd.serving.scoring import ScoredSequence
@@ -37,8 +36,6 @@ MAX_PAUSE_S = 2.0
 LONGER = 1.25  # than a server asked to be left alone, at most: not all come back together
 SLACK_S = 30.0  # of waits that end by themselves earlier
 START_REQUESTS = 64  # of the checks of one server, at most
-CLOSE_S = 5.0
-GLANCE_S = 0.5  # between two looks at whether the thread still lives
 
 
 @dataclass(slots=True)
@@ -75,22 +72,12 @@ class Replicas:
         self._options = options
         self._states = [_State(endpoint) for endpoint in endpoints]
         self._random = random.Random(f"{seed} {name}")
-        self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Condition()
         self._answered = self._moved = time.monotonic()
         self._turn = 0
         self._last: ServerError | None = None
         self._broken: Exception | None = None
-        self._ended: BaseException | None = None
-        self._closed = False
-        self._thread = threading.Thread(target=self._serve, name=f"teacher {name}", daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        try:
-            self._loop.run_forever()
-        except BaseException as error:  # told by whoever waits for this thread
-            self._ended = error
+        self._thread = LoopThread(f"teacher {name}", release=self._release)
 
     @property
     def endpoints(self) -> list[Endpoint]:
@@ -107,37 +94,29 @@ class Replicas:
         if patience_s is None:
             each = [e.start_s + START_REQUESTS * e.deadline_s for e in self.endpoints]
             patience_s = sum(each) + SLACK_S
-        if not self._thread.is_alive():
-            work.close()
-            raise self._gone()
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         self._moved = time.monotonic()
+
+        def watch() -> None:
+            if time.monotonic() - self._moved > patience_s:
+                raise TeacherError(
+                    f"teachers.{self.name}: not one request ended within {patience_s:.0f} s, "
+                    "though each has a deadline; look at the load of this machine"
+                )
+
         try:
-            while not wait([future], timeout=GLANCE_S).done:
-                if not self._thread.is_alive():
-                    raise self._gone()
-                if time.monotonic() - self._moved > patience_s:
-                    raise TeacherError(
-                        f"teachers.{self.name}: not one request ended within {patience_s:.0f} s, "
-                        "though each has a deadline; look at the load of this machine"
-                    )
-            return future.result()
-        except CancelledError:
-            raise self._gone() from None
-        except BaseException:
-            future.cancel()
-            raise
+            return self._thread.run(work, watch=watch)
+        except LoopEnded:
+            raise self._gone() from self._thread.ended
 
     def _gone(self) -> TeacherError:
-        if self._closed or self._ended is None:
+        ended = self._thread.ended
+        if ended is None:
             return TeacherError(f"teachers.{self.name}: closed while it was asked")
-        error = TeacherError(
+        return TeacherError(
             f"teachers.{self.name}: the thread of its requests ended with "
-            f"{type(self._ended).__name__} ({self._ended}); the same command continues from the "
+            f"{type(ended).__name__} ({ended}); the same command continues from the "
             "last checkpoint"
         )
-        error.__cause__ = self._ended
-        return error
 
     @property
     def _patience_s(self) -> float:
@@ -346,22 +325,9 @@ class Replicas:
 
     def close(self) -> None:
         """Ends the thread and what waits for it; safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout=CLOSE_S)
-        if not self._thread.is_alive():
-            self._loop.run_until_complete(self._close())
-            self._loop.close()
+        self._thread.close()
 
-    async def _close(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=CLOSE_S)
+    async def _release(self) -> None:
         for endpoint in self.endpoints:
             await endpoint.close()
 

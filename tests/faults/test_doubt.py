@@ -275,7 +275,7 @@ def test_the_address_of_the_hosts_name_is_looked_at_again(
     async def elsewhere(*arguments: object, **keys: object) -> list[Any]:
         return [(2, 1, 6, "", ("169.254.169.254", 80))]
 
-    monkeypatch.setattr(teacher._replicas._loop, "getaddrinfo", elsewhere)
+    monkeypatch.setattr(teacher._replicas._thread.loop, "getaddrinfo", elsewhere)
     replace(bench, server, StubServer)
     with pytest.raises(TeacherError, match="the host is a cloud metadata address") as caught:
         teacher.score(bench.rollouts(1))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from mopd.errors import TeacherError, TeacherExhausted
+from mopd.serving import loop_thread as loop_thread_module
 from mopd.serving import replicas as replicas_module
 from mopd.teachers.pool import TeacherPool
 from mopd.teachers.remote import RemoteTeacher
@@ -185,7 +186,7 @@ def test_the_other_teachers_do_not_wait_for_a_sick_one(
 
 
 def loop_of(teacher: RemoteTeacher) -> asyncio.AbstractEventLoop:
-    return teacher._replicas._loop
+    return teacher._replicas._thread.loop
 
 
 def test_a_dead_thread_is_told_soon_with_its_cause(bench: Bench) -> None:
@@ -238,7 +239,7 @@ def test_no_wait_is_for_ever_even_where_deadlines_fail(
     monkeypatch.setattr(replicas_module, "SLACK_S", -4.7)
     monkeypatch.setattr(replicas_module, "MAX_AFTER_S", 0)
     monkeypatch.setattr(replicas_module, "MAX_PAUSE_S", 0.01)
-    monkeypatch.setattr(replicas_module, "CLOSE_S", 0.1)
+    monkeypatch.setattr(loop_thread_module, "CLOSE_S", 0.1)
     server = bench.server()
     teacher = bench.teacher(server, deadline_s=0.5, max_retries=0)
     free = threading.Event()

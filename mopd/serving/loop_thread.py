@@ -1,0 +1,92 @@
+"""An event loop in a thread of its own, for callers that block."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, wait
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+GLANCE_S = 0.5  # between two looks at whether the thread still lives
+CLOSE_S = 5.0  # for what runs to end, and again for what is closed behind it
+
+
+class LoopEnded(Exception):
+    """The loop was closed, or its thread ended, before there was a result."""
+
+
+class LoopThread:
+    """``ended`` is what ended the thread, where that was not `close`.
+
+    Args:
+        release: runs last, when nothing else does: a task that still ran could open a connection
+            anew that nobody would close.
+    """
+
+    def __init__(self, name: str, *, release: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.ended: BaseException | None = None
+        self.loop = asyncio.new_event_loop()
+        self._release = release
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        try:
+            self.loop.run_forever()
+        except BaseException as error:  # told by whoever waits for this thread
+            self.ended = error
+        try:
+            self.loop.run_until_complete(self._end())
+        finally:
+            self.loop.close()
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_S)
+        async with asyncio.timeout(CLOSE_S):
+            await self._release()
+
+    def run(self, work: Coroutine[Any, Any, T], *, watch: Callable[[], None] | None = None) -> T:
+        """The result of a coroutine in this loop.
+
+        Args:
+            watch: called twice a second; what it raises ends the work.
+        Raises:
+            LoopEnded: and what the coroutine or ``watch`` raises.
+        """
+        if self._closed or self.ended is not None or not self._thread.is_alive():
+            work.close()
+            raise LoopEnded
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            while not wait([future], timeout=GLANCE_S).done:
+                if not self._thread.is_alive():
+                    raise LoopEnded
+                if watch is not None:
+                    watch()
+            return future.result()
+        except CancelledError:
+            raise LoopEnded from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Ends what runs, releases, and ends the thread; safe to call twice.
+
+        It waits for seconds. A thread that something keeps for longer does all this when it is
+        free.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread.is_alive() and self.ended is None:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=2 * CLOSE_S)

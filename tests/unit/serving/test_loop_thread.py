@@ -1,0 +1,125 @@
+"""What runs in a loop beside the callers, and in which order it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mopd.serving import loop_thread as loop_thread_module
+from mopd.serving.loop_thread import LoopEnded, LoopThread
+
+
+class Held:
+    """Counts what was opened and not closed; a task that is stopped opens once more."""
+
+    def __init__(self) -> None:
+        self.opened = 0
+        self.running = threading.Event()
+
+    async def work(self) -> None:
+        self.opened += 1
+        self.running.set()
+        try:
+            await asyncio.sleep(60.0)
+        finally:
+            await asyncio.sleep(0.0)
+            self.opened += 1
+
+    async def release(self) -> None:
+        self.opened = 0
+
+
+@pytest.fixture
+def held() -> Held:
+    return Held()
+
+
+@pytest.fixture
+def thread(held: Held) -> Iterator[LoopThread]:
+    thread = LoopThread("test", release=held.release)
+    yield thread
+    thread.close()
+    assert thread.loop.is_closed() and held.opened == 0
+
+
+def asked(thread: LoopThread, held: Held) -> tuple[threading.Thread, list[BaseException]]:
+    """Another thread that waits for `Held.work`."""
+    told: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            thread.run(held.work())
+        except BaseException as error:
+            told.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert held.running.wait(5.0)
+    return asking, told
+
+
+def test_a_result_and_an_error_reach_the_caller(thread: LoopThread) -> None:
+    async def half(number: int) -> int:
+        return number // 2
+
+    async def broken() -> None:
+        raise KeyError("it")
+
+    assert thread.run(half(8)) == 4
+    with pytest.raises(KeyError, match="it"):
+        thread.run(broken())
+
+
+def test_closing_releases_behind_the_last_task(thread: LoopThread, held: Held) -> None:
+    asking, told = asked(thread, held)
+    thread.close()
+    asking.join(5.0)
+    assert [type(error) for error in told] == [LoopEnded]
+    assert held.opened == 0 and thread.loop.is_closed()
+    with pytest.raises(LoopEnded):
+        thread.run(held.work())
+
+
+def test_a_thread_that_ends_by_itself_is_told_and_releases(thread: LoopThread, held: Held) -> None:
+    asking, told = asked(thread, held)
+    thread.loop.call_soon_threadsafe(sys.exit, 3)
+    asking.join(5.0)
+    assert [type(error) for error in told] == [LoopEnded]
+    assert isinstance(thread.ended, SystemExit)
+    with pytest.raises(LoopEnded):
+        thread.run(held.work())
+
+
+def test_a_thread_that_is_kept_releases_when_it_is_free(
+    thread: LoopThread, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_thread_module, "CLOSE_S", 0.05)
+    asking, told = asked(thread, held)
+    free = threading.Event()
+    thread.loop.call_soon_threadsafe(free.wait, 60.0)
+    thread.close()
+    assert held.opened == 1  # `close` did not wait for ever
+    free.set()
+    asking.join(5.0)
+    assert [type(error) for error in told] == [LoopEnded]
+    end = time.monotonic() + 5.0
+    while not thread.loop.is_closed() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert thread.loop.is_closed() and held.opened == 0
+
+
+def test_a_watch_ends_the_work(thread: LoopThread, held: Held) -> None:
+    def watch() -> None:
+        raise TimeoutError("enough")
+
+    with pytest.raises(TimeoutError, match="enough"):
+        thread.run(held.work(), watch=watch)
+    end = time.monotonic() + 5.0
+    while held.opened < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert held.opened == 2  # it was cancelled, and the thread goes on
