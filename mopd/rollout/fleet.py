@@ -18,10 +18,11 @@ from typing import TypeVar
 import numpy as np
 
 from mopd.errors import SamplerError
-from mopd.rollout.member import Member, Reference, now, together
+from mopd.rollout.member import Member, Reference, now
 from mopd.rollout.push import WeightPush
 from mopd.rollout.versions import VersionPolicy
 from mopd.serving.http import RefusedError, RetryableError, ServerError
+from mopd.serving.retry import all_of
 from mopd.serving.sample_server import SampleServer
 from mopd.serving.sampling import EngineFacts, Sampled, SampleRequest
 
@@ -88,7 +89,7 @@ class Fleet:
             SamplerError: one is not there in time, or is not what is needed.
         """
         try:
-            facts = await together([member.server.start() for member in self._members])
+            facts = await all_of([member.server.start for member in self._members])
         except ServerError as error:
             raise SamplerError(f"rollout.backend: {error}") from error
         for member, found in zip(self._members, facts, strict=True):
@@ -120,7 +121,7 @@ class Fleet:
                 return None
             return member
 
-        found = [m for m in await together([present(m) for m in members]) if m is not None]
+        found = [m for m in await all_of([partial(present, m) for m in members]) if m is not None]
         sent = self._push.version
         errors = await self._push.send([member.server for member in found])
         for member, error in zip(found, errors, strict=True):
@@ -163,7 +164,7 @@ class Fleet:
 
         lanes = range(min(self._options.max_outstanding, len(requests)))
         # every server has its first request before one has its second
-        await together([work(member) for _ in lanes for member in self._members])
+        await all_of([partial(work, member) for _ in lanes for member in self._members])
         return [found[number] for number in range(len(requests))]
 
     async def logprobs(self, ids: Sequence[int]) -> np.ndarray:
@@ -186,7 +187,7 @@ class Fleet:
         while True:
             await self._until(lambda: any(map(self._is_ready, self._members)))
             asked = [member for member in self._members if self._is_ready(member)]
-            rows = await together([self._ask(m, partial(one, m)) for m in asked])
+            rows = await all_of([partial(self._ask, m, partial(one, m)) for m in asked])
             found = {id(m): row for m, row in zip(asked, rows, strict=True) if row is not None}
             if found:
                 break

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from mopd.serving.sample_server import SampleServer
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +35,3 @@ class Member:
 def now() -> float:
     """The running loop's clock."""
     return asyncio.get_running_loop().time()
-
-
-async def together(works: Sequence[Awaitable[T]]) -> list[T]:
-    """As gather, but the first error ends the others before it is raised."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

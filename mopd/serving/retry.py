@@ -61,7 +61,8 @@ async def all_of(works: Sequence[Callable[[], Coroutine[Any, Any, T]]]) -> list[
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(work()) for work in works]
     except BaseExceptionGroup as errors:
-        raise _first(errors) from errors
+        first = _first(errors)
+        raise first from first.__cause__  # its own, not the group that it is a part of
     return [task.result() for task in running]
 
 
