@@ -48,6 +48,7 @@ class _Asked:
     index: list[int]  # among the step's answers
     rollouts: list[Rollout]
     inputs: list[TeacherInput]
+    texts: list[ScoredSequence]  # of the inputs
 
 
 class InsideTeachers:
@@ -81,7 +82,7 @@ class InsideTeachers:
         def ask() -> dict[str, list[ScoredSequence]]:
             assert gathered is not None
             asked.update(_shared_out(self._teachers, gathered))
-            return {name: self._teachers[name].texts(one.inputs) for name, one in asked.items()}
+            return {name: one.texts for name, one in asked.items()}
 
         with self._spans("inside"):
             texts = computed_by_lead(self._topology, ask)
@@ -131,7 +132,7 @@ class InsideTeachers:
         for name, one in asked.items():
             own = rows[name]
             assert own is not None
-            found, missing = self._teachers[name].scores(one.rollouts, one.inputs, own)
+            found, missing = self._teachers[name].scores(one.rollouts, one.inputs, one.texts, own)
             for i, each in zip(one.index, found, strict=True):
                 scores[i][name] = each
             troubles |= {f"missing/{name}/{reason}": n for reason, n in missing.items()}
@@ -150,7 +151,10 @@ def _shared_out(teachers: Mapping[str, InsideTeacher], gathered: Gathered) -> di
             if name in rollout.prompt.teachers and rollout.loss_mask.any()
         ]
         rollouts = [gathered.rollouts[i] for i in index]
-        asked[name] = _Asked(index=index, rollouts=rollouts, inputs=teacher.inputs(rollouts))
+        inputs = teacher.inputs(rollouts)
+        asked[name] = _Asked(
+            index=index, rollouts=rollouts, inputs=inputs, texts=teacher.texts(inputs)
+        )
     return asked
 
 

@@ -91,13 +91,17 @@ class InsideTeacher:
         ]
 
     def scores(
-        self, rollouts: Sequence[Rollout], inputs: Sequence[TeacherInput], rows: Sequence[RawRows]
+        self,
+        rollouts: Sequence[Rollout],
+        inputs: Sequence[TeacherInput],
+        texts: Sequence[ScoredSequence],
+        rows: Sequence[RawRows],
     ) -> tuple[list[TeacherScores], Counter[str]]:
-        """Of the rows of `texts`, with as many entries as each prompt asks for; and the positions
-        without a score by reason."""
+        """Of the ``rows`` of `texts`, with as many entries as each prompt asks for; and the
+        positions without a score by reason."""
         found: list[TeacherScores] = []
         missing: Counter[str] = Counter()
-        for rollout, x, text, own in zip(rollouts, inputs, self.texts(inputs), rows, strict=True):
+        for rollout, x, text, own in zip(rollouts, inputs, texts, rows, strict=True):
             admitted = self._admit(text, own)
             scores, beyond = context.whole_scores(
                 x,
