@@ -24,9 +24,7 @@ from mopd.runtime.feed import Feed
 from mopd.runtime.inside import InsideTeachers, build_engines
 from mopd.runtime.learned import learned_companions
 from mopd.runtime.parts import Tokenizers, build_head, load_pairs, load_tokenizers
-from mopd.runtime.payloads import (
-    Pair,
-)
+from mopd.runtime.payloads import Pair
 from mopd.runtime.sampler import build_sampler
 from mopd.runtime.servers import Servers
 from mopd.runtime.teachers import build_pool

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 STOPPED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit codes, as shells count
 # A scheduler tells every process, and torchrun tells its workers once more: that is one request.
@@ -53,12 +53,7 @@ class Interrupt:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._ears is None or self._thread is None:
             return
         for number, before in self._before.items():
