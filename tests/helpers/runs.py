@@ -63,13 +63,15 @@ def launch(recipe: str, overrides: list[str], *, timeout: float = 240.0) -> Any:
     )
 
 
-def start(recipe: str, overrides: list[str]) -> subprocess.Popen[str]:
-    """Starts ``launch/train.py``; stderr is kept, stdout is not."""
+def start(
+    recipe: str, overrides: list[str], *, stdout: int = subprocess.DEVNULL
+) -> subprocess.Popen[str]:
+    """Starts ``launch/train.py``; stderr is kept, stdout is not unless it is asked for."""
     return subprocess.Popen(
         command(recipe, overrides),
         cwd=ROOT,
         env=environment(),
-        stdout=subprocess.DEVNULL,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )

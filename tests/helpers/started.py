@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
+from tests.helpers.runs import start
+
 RUN_SECONDS = 280.0
+
+
+@contextmanager
+def running(recipe: str, overrides: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A run with its output; it does not outlive the block."""
+    process = start(recipe, overrides, stdout=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def wait_for_steps(process: subprocess.Popen[str], metrics: Path, count: int) -> None:

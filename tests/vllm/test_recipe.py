@@ -12,8 +12,8 @@ import pytest
 
 from mopd.demo import World
 from mopd.serving.journal import read_journal
-from tests.helpers.runs import ROOT, command, environment, launch, step_lines, summary, words
-from tests.helpers.started import RUN_SECONDS, servers_of, wait_for_steps
+from tests.helpers.runs import launch, step_lines, summary, words
+from tests.helpers.started import RUN_SECONDS, running, servers_of, wait_for_steps
 from tests.helpers.vllm_server import MAX_MODEL_LEN, vllm_python
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -35,19 +35,8 @@ def trainer(tiny_world: World, tmp_path: Path) -> Iterator[subprocess.Popen[str]
     for section in SERVED:
         keys[f"{section}__backend__server__python"] = vllm_python()
         keys[f"{section}__backend__server__args"] = f"[--max-model-len,{MAX_MODEL_LEN}]"
-    process = subprocess.Popen(
-        command("mopd_ctkd_vllm", few(tiny_world, tmp_path, "served", **keys)),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    with running("mopd_ctkd_vllm", few(tiny_world, tmp_path, "served", **keys)) as process:
         yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_run_on_servers_alone_is_that_of_a_replay_in_process(

@@ -16,8 +16,8 @@ import pytest
 
 from mopd.demo import World
 from mopd.runtime.servers import KEY_VARIABLE
-from tests.helpers.runs import ROOT, command, environment, launch, step_lines, words
-from tests.helpers.started import RUN_SECONDS, servers_of, wait_for_steps
+from tests.helpers.runs import launch, step_lines, words
+from tests.helpers.started import RUN_SECONDS, running, servers_of, wait_for_steps
 from tests.helpers.vllm_server import MAX_MODEL_LEN, vllm_python
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.e2e]
@@ -60,19 +60,8 @@ def trainer(tiny_world: World, tmp_path: Path) -> Iterator[subprocess.Popen[str]
         "teachers__sort__backend__server__python": vllm_python(),
         "teachers__sort__backend__server__args": f"[--max-model-len,{MAX_MODEL_LEN}]",
     }
-    process = subprocess.Popen(
-        command("mopd_ctkd", overrides(tiny_world, tmp_path, "far", **more)),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    with running("mopd_ctkd", overrides(tiny_world, tmp_path, "far", **more)) as process:
         yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_killed_server_is_started_again_and_the_run_goes_on_as_with_hf(

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
-from mopd.config.check import check_config
-from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
-from tests.unit.config.test_check import SHAPE
+from tests.unit.config.test_check import SHAPE, check
 
 TWO = ("student.parallel.tensor_model_parallel_size=2",)
 
@@ -36,12 +33,6 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
         "data": {"path": str(tmp_path / "data.jsonl")},
         "distillation": {"loss": "kl"},
     }
-
-
-def check(recipe: dict[str, Any], *changes: str, world_size: int = 1) -> None:
-    merged = OmegaConf.merge(recipe, OmegaConf.from_dotlist(list(changes)))
-    values = OmegaConf.to_container(merged)
-    check_config(RunConfig.model_validate(values), world_size=world_size)
 
 
 def test_a_right_recipe_passes(recipe: dict[str, Any]) -> None:

@@ -10,34 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from mopd.config.model_shape import ModelShape
 from mopd.errors import ArtifactError
 from mopd.storage.files import replace_directory
 from mopd.student.hf_export import write_header
 from mopd.student.hf_io import HfReader, build_slots
 from mopd.student.spec import rms_norm
-
-SHAPE = ModelShape(
-    architecture="Qwen3ForCausalLM",
-    num_layers=4,
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_attention_heads=4,
-    num_query_groups=2,
-    head_dim=32,
-    vocab_size=67,
-    max_position_embeddings=512,
-    norm_epsilon=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    qkv_bias=False,
-    qk_norm=True,
-    tied=True,
-)
+from tests.helpers.shapes import QWEN3
 
 
 def test_every_stage_gets_its_layers_and_the_last_a_copy_of_the_embedding() -> None:
-    slots = build_slots(SHAPE, pp_size=2)
+    slots = build_slots(QWEN3, pp_size=2)
     assert {slot.stage for slot in slots} == {0, 1}
     names = [name for slot in slots if slot.exported for name in slot.tensors]
     assert len(names) == len(set(names)) == 1 + 4 * 11 + 1

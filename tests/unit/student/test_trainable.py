@@ -7,28 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from mopd.config.model_shape import ModelShape, MoeShape
+from mopd.config.model_shape import MoeShape
 from mopd.errors import ConfigError
 from mopd.student.hf_io import build_slots
 from mopd.student.trainable import frozen_parameters
+from tests.helpers.shapes import QWEN3
 
-SHAPE = ModelShape(
-    architecture="Qwen2ForCausalLM",
-    num_layers=12,
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_attention_heads=4,
-    num_query_groups=2,
-    head_dim=16,
-    vocab_size=67,
-    max_position_embeddings=128,
-    norm_epsilon=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    qkv_bias=True,
-    qk_norm=False,
-    tied=True,
-)
+SHAPE = replace(QWEN3, architecture="Qwen2ForCausalLM", num_layers=12, qkv_bias=True, qk_norm=False)
 SLOTS = build_slots(SHAPE, pp_size=2)
 EMBEDDING = {(0, "0.embedding.word_embeddings.weight"), (1, "0.output_layer.weight")}
 
