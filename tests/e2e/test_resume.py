@@ -16,7 +16,8 @@ from mopd.student.checkpoint import list_checkpoints
 from mopd.tokens.chat import ChatTokenizer
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import launch, start, step_lines, summary, train_here, words
-from tests.helpers.stub_server import PrefixScorer, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubServer
 
 STEPS = 20
 

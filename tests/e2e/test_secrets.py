@@ -10,7 +10,8 @@ import pytest
 from mopd.demo import World
 from mopd.tokens.chat import ChatTokenizer
 from tests.helpers.runs import launch, words
-from tests.helpers.stub_server import PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 
 KEY = "canary-7d1f-key-of-the-test"
 VARIABLE = "MOPD_TEST_TEACHER_KEY"

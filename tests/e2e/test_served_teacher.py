@@ -14,7 +14,8 @@ from mopd.serving.score_server import ScoreServer
 from mopd.tokens.chat import ChatTokenizer
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import launch, step_lines, train_here, words
-from tests.helpers.stub_server import ModelScorer, PrefixScorer, StubServer
+from tests.helpers.stub_scorers import ModelScorer, PrefixScorer
+from tests.helpers.stub_server import StubServer
 from tests.helpers.vllm_server import VllmServer
 
 pytestmark = pytest.mark.dist

@@ -16,7 +16,8 @@ from mopd.tokens.chat import ChatTokenizer
 from tests.faults import refusals
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import words
-from tests.helpers.stub_server import PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
 INTERVAL = 5

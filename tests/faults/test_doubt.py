@@ -14,7 +14,8 @@ from mopd.errors import TeacherError, TeacherExhausted
 from mopd.serving import http as http_module
 from mopd.teachers.remote import RemoteTeacher
 from tests.faults.test_outages import DEADLINE, Bench, all_same, bench, canary, hang
-from tests.helpers.stub_server import Fault, PrefixScorer, StubOptions, StubServer, send, send_json
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import Fault, StubOptions, StubServer, send, send_json
 from tests.helpers.teachers import remote_teacher
 
 __all__ = ["bench"]  # a fixture

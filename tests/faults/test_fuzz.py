@@ -15,7 +15,8 @@ from mopd.teachers.remote import RemoteTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Rollout, TeacherScores
 from tests.faults.families import CONTENT, WIRE, edited
-from tests.helpers.stub_server import Fault, PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import Fault, StubOptions, StubServer
 from tests.helpers.stub_shapes import COMPLETIONS
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 

@@ -14,7 +14,8 @@ from mopd.tokens.chat import ChatTokenizer
 from mopd.types import TeacherScores
 from tests.faults.families import ROWS_CONTENT, ROWS_WIRE, Bend, bent
 from tests.faults.test_fuzz import check_contract, same
-from tests.helpers.stub_server import Fault, PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import Fault, StubOptions, StubServer
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
 SEEDS = 12

@@ -17,7 +17,8 @@ from mopd.teachers.remote import RemoteTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Rollout, TeacherScores
 from tests.faults.test_fuzz import same
-from tests.helpers.stub_server import PrefixScorer, StubOptions, StubServer, send_json
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubOptions, StubServer, send_json
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
 DEADLINE = 1.0

@@ -22,7 +22,8 @@ from tests.faults import refusals
 from tests.faults.refusals import Start, changed_copy, start_here
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import launch, words
-from tests.helpers.stub_server import PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 
 pytestmark = pytest.mark.dist
 

@@ -55,7 +55,8 @@ with open(__file__ + ".starts", "a") as file:
     file.write(json.dumps({{"pid": os.getpid(), "child": os.getpid(), "words": words}}) + "\\n")
 
 from mopd.tokens.chat import ChatTokenizer
-from tests.helpers.stub_server import ModelScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import ModelScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 
 model = words[words.index("--model") + 1]
 size = ChatTokenizer.load(model).vocabulary.size

@@ -15,15 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.runs import ROOT, environment
-from tests.helpers.stub_server import (
-    Fault,
-    ModelScorer,
-    PrefixScorer,
-    Scorer,
-    StubOptions,
-    StubServer,
-    send_json,
-)
+from tests.helpers.stub_scorers import ModelScorer, PrefixScorer, Scorer
+from tests.helpers.stub_server import Fault, StubOptions, StubServer, send_json
 
 WAIT_S = 60.0
 

@@ -14,7 +14,8 @@ from mopd.errors import ConfigError
 from mopd.runtime.teachers import build_pool
 from mopd.teachers.pool import TeacherPool
 from mopd.tokens.chat import ChatTokenizer
-from tests.helpers.stub_server import PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 from tests.helpers.teachers import make_rollout_of
 
 

@@ -23,7 +23,8 @@ from mopd.serving.protocols import (
 from mopd.serving.reply import UNKNOWN, ArrayRows, Entries
 from mopd.serving.scoring import ScoredSequence, ScoreLimits, read_request
 from mopd.serving.wire import RawRows, encode
-from tests.helpers.stub_server import PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 from tests.helpers.stub_shapes import Asked, Said, trl
 
 V, K = 40, 5

@@ -18,7 +18,8 @@ from mopd.teachers.hf import HfOptions, HfTeacher
 from mopd.teachers.remote import RemoteTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Rollout
-from tests.helpers.stub_server import ModelScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import ModelScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 from tests.helpers.vllm_server import VllmServer
 from tests.unit.teachers.contract import Case, check_teacher

@@ -20,7 +20,8 @@ from mopd.teachers.pool import TeacherPool
 from mopd.teachers.uniform import UniformTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Rollout, TeacherScores
-from tests.helpers.stub_server import ModelScorer, StubServer
+from tests.helpers.stub_scorers import ModelScorer
+from tests.helpers.stub_server import StubServer
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
 TOP_K = 16

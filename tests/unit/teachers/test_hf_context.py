@@ -14,7 +14,8 @@ from mopd.demo import World
 from mopd.teachers.base import Bounded, Counting
 from mopd.teachers.hf import HfOptions, HfTeacher
 from mopd.tokens.chat import ChatTokenizer
-from tests.helpers.stub_server import PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
 CONTEXT = 24

@@ -16,7 +16,8 @@ from mopd.serving.http import RetryableError
 from mopd.teachers import identity
 from mopd.teachers.identity import CHATS, Identity
 from mopd.tokens.chat import ChatTokenizer
-from tests.helpers.stub_server import PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 
 TEXTS = ["bo 12 ka", "<|pad|> 3", "sort"]
 

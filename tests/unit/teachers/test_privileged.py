@@ -15,7 +15,8 @@ from mopd.teachers.base import Teacher, teacher_input, teacher_messages
 from mopd.teachers.hf import HfOptions, HfTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout
-from tests.helpers.stub_server import ModelScorer, StubServer
+from tests.helpers.stub_scorers import ModelScorer
+from tests.helpers.stub_server import StubServer
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
 USER, ASSISTANT, AGAIN, SYSTEM = (

@@ -10,7 +10,8 @@ import pytest
 from mopd.demo import World
 from mopd.errors import ConfigError, TeacherError
 from mopd.tokens.chat import ChatTokenizer
-from tests.helpers.stub_server import PrefixScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

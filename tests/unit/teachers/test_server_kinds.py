@@ -19,7 +19,8 @@ from mopd.serving.score_server import ScoreServer
 from mopd.teachers.hf import HfOptions, HfTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Rollout
-from tests.helpers.stub_server import PrefixScorer, StubOptions, StubServer, send_json
+from tests.helpers.stub_scorers import PrefixScorer
+from tests.helpers.stub_server import StubOptions, StubServer, send_json
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
 TAU = 2.0

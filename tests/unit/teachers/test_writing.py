@@ -13,7 +13,8 @@ from mopd.teachers.base import Teacher, Writer
 from mopd.teachers.hf import HfOptions, HfTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt
-from tests.helpers.stub_server import ModelScorer, StubOptions, StubServer
+from tests.helpers.stub_scorers import ModelScorer
+from tests.helpers.stub_server import StubOptions, StubServer
 from tests.helpers.teachers import remote_teacher
 
 LIMIT = 12
