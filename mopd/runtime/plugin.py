@@ -98,9 +98,7 @@ class Distillation:
                 build_eval_feed(
                     config,
                     found,
-                    domains=sorted(
-                        {d for t in config.teachers.values() for d in t.domains} or {""}
-                    ),
+                    domains=domains,
                     sampler=None,
                     pool=pool,
                     tokenizers=(tokenizers.student, tokenizers.teachers),

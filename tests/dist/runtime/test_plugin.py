@@ -111,6 +111,29 @@ def test_both_ways_to_divide_give_one_gradient(tiny_world: World, tmp_path: Path
     torch.testing.assert_close(halves, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def judged_by_default(world: World, cache: str) -> tuple[int, dict[str, float]]:
+    initialize(Layout().section, backend=get_device("cpu"), seed=1)
+    mopd = Distillation.from_recipe(
+        "mopd_ctkd",
+        recipe(world, cache, "distillation.default_teacher=sort"),
+        padded_vocab_size=json.loads((world.student / "config.json").read_text())["vocab_size"],
+        device="cpu",
+        domains=("elsewhere",),
+    )
+    row = json.loads(Path(world.data).read_text().splitlines()[0]) | {"domain": "elsewhere"}
+    batch = mopd.batch([answer(mopd, row)])
+    mopd.close()
+    return batch.num_response_tokens, dict(batch.denominators)
+
+
+@pytest.mark.dist
+def test_a_domain_that_no_teacher_lists_goes_to_the_default(
+    tiny_world: World, tmp_path: Path
+) -> None:
+    ((tokens, denominators),) = run_ranks(judged_by_default, 1, tiny_world, str(tmp_path))
+    assert tokens > 0 and denominators["sort"] > 0 and denominators["upper"] == 0
+
+
 @pytest.mark.dist
 @pytest.mark.e2e
 def test_the_documented_script_learns(tiny_world: World) -> None:
