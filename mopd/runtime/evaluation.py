@@ -159,7 +159,7 @@ def _accuracies(run: Run) -> Scores:
             domains,
             tokenizer=run.tokenizer,
             share=(run.topology.dp_rank, run.topology.dp_size),
-            sum_over_replicas=lambda values_: sum_over_leads(run.topology, values_),
+            sum_over_replicas=lambda values: sum_over_leads(run.topology, values),
             finished=run.finished,
         )
     return from_lead(run.topology, scores)

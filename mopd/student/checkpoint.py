@@ -171,7 +171,9 @@ def load(path: Path, *, student: Student, seed: int, verify: bool = True) -> Res
     index = json.loads((path / INDEX).read_text(encoding="utf-8"))
     same_layout = manifest["layout"] == layout_of(topology)
     with PieceReader(path, index) as reader:
-        _agree_on(path, lambda: _mismatch(path, reader, student, manifest["layout"]))
+        _agree_on(
+            path, lambda: _mismatch(path, reader, student, manifest["layout"]), has_remedy=True
+        )
         _agree_on(path, lambda: _fill(reader, student))
         if same_layout:
             names = [n for n in reader.names(rank_file(topology.rank)) if n.startswith("rng.")]
@@ -273,26 +275,28 @@ def _gather(value: Any) -> list[Any]:
     return found
 
 
-def _agree_on(path: Path, attempt: Callable[[], str | None]) -> None:
+def _agree_on(path: Path, attempt: Callable[[], str | None], *, has_remedy: bool = False) -> None:
     """Raises ArtifactError on every rank where ``attempt`` finds a problem on one of them.
 
-    The line names the checkpoint that comes next, if there is one that is intact.
+    The line names the checkpoint that comes next, if there is one that is intact. ``has_remedy``:
+    what ``attempt`` returns is about a checkpoint that is intact, and says what to do.
     """
     try:
-        problem = attempt()
+        problem, is_complete = attempt(), has_remedy
     except ArtifactError as error:
-        problem = str(error)
+        problem, is_complete = str(error), False
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        problem = f"{path} cannot be read ({error!r})"
-    first = next((found for found in _gather(problem) if found is not None), None)
-    if first is None:
+        problem, is_complete = f"{path} cannot be read ({error!r})", False
+    found = [one for one in _gather((problem, is_complete)) if one[0] is not None]
+    if not found:
         return
+    first, is_complete = found[0]
+    if is_complete:
+        raise ArtifactError(first)
     older = None
     if dist.get_rank() == 0:
         older = newest_intact(path.parent, before=manifests.step_of(path))
     older = _gather(older)[0]
-    if "student." in first or "ctkd." in first:  # has its remedy
-        raise ArtifactError(first)
     raise ArtifactError(
         f"{first}; delete {path}: {older.name} is intact and comes next"
         if older is not None

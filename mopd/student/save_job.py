@@ -7,6 +7,7 @@ manifest, `latest`, rename, pruning. Until the rename the previous checkpoint is
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import threading
@@ -20,7 +21,7 @@ import torch
 
 from mopd.errors import ArtifactError
 from mopd.fault_points import fault_point
-from mopd.storage.files import sha256, write_bytes
+from mopd.storage.files import write_bytes
 from mopd.storage.manifest import INDEX, STATE, Files, prepare, prune, publish, step_name, to_json
 from mopd.student.shard_files import Piece, build_index, dtype_code, write_tensors
 from mopd.student.sharded import Shard
@@ -163,9 +164,10 @@ class SaveJob:
         prune(self._directory, step=self._header["step"], **self._keep)
 
     def _add(self, name: str, value: Any, files: Files) -> None:
-        path = self._part / name
-        write_bytes(path, to_json(value))
-        files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        content = to_json(value)
+        write_bytes(self._part / name, content)
+        # as of the tensors: of what was handed over, not of what a disk made of it
+        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def _await(self, rank: int) -> dict[str, Any]:
         path = self._part / f".done-{rank}"

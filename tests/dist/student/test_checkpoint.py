@@ -169,6 +169,7 @@ def test_a_saver_goes_back(qwen3: str, tmp_path: Path) -> None:
 
 
 def test_damage_is_reported_on_every_rank(qwen3: str, tmp_path: Path) -> None:
+    tmp_path = tmp_path / "student.ctkd.1"  # a name that looks like a key of the recipe
     run = Run(model_dir=qwen3, layout=Layout(tp=2))
     run_ranks(save_steps, 2, run, str(tmp_path), [10, 20])
     path = tmp_path / "step-000020"
@@ -191,6 +192,7 @@ def test_another_model_is_refused(qwen3: str, tmp_path: Path) -> None:
     other = Run(model_dir=qwen3, layout=Layout(dp=2), student={"dtype": "bfloat16"})
     for message in run_ranks(load_only, 2, other, str(tmp_path / "step-000010")):
         assert "F32, not" in message and "student.dtype" in message
+        assert "delete" not in message  # it is intact
 
 
 def test_latest_that_points_nowhere(tmp_path: Path) -> None:
