@@ -209,6 +209,8 @@ def _validate(values: dict[Any, Any]) -> RunConfig:
     problem = f"{problem[0].lower()}{problem[1:]}, got {got!r} ({type(got).__name__})"
     if first["type"] == "string_type" and isinstance(got, int | float):
         problem += "; quote it"
+    if first["type"] in ("bool_type", "bool_parsing"):
+        problem += "; write true or false"
     if first["type"] == "tuple_type":
         problem += "; write a list, as in [a, b]"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

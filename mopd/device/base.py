@@ -14,7 +14,8 @@ from mopd.errors import ConfigError
 
 
 class DeviceBackend(Protocol):
-    """One kind of device. Methods raise nothing once `get_device` has handed the backend out."""
+    """One kind of device. Methods raise nothing once `get_device` has handed the backend out,
+    but for `set_device` and `prepare_megatron`."""
 
     @property
     def name(self) -> str:
@@ -31,7 +32,11 @@ class DeviceBackend(Protocol):
         ...
 
     def set_device(self, local_rank: int) -> None:
-        """Make `device(local_rank)` the process's current device."""
+        """Make `device(local_rank)` the process's current device. ConfigError where it has none."""
+        ...
+
+    def current_device(self) -> torch.device:
+        """What `set_device` chose for this process; before it, the first one."""
         ...
 
     def synchronize(self) -> None:
@@ -42,8 +47,20 @@ class DeviceBackend(Protocol):
         """Bytes: `allocated` now and `peak` since the start."""
         ...
 
+    def supports_bf16(self) -> bool:
+        """Whether the current device computes in bfloat16."""
+        ...
+
+    def rng_state(self) -> torch.Tensor | None:
+        """State of the current device's generator [bytes] uint8; None where it is the host's."""
+        ...
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Put back what `rng_state` gave."""
+        ...
+
     def prepare_megatron(self) -> None:
-        """Make megatron-core usable on this device. Idempotent."""
+        """Make megatron-core usable on this device. Idempotent. ConfigError where it cannot."""
         ...
 
 
@@ -60,7 +77,10 @@ def import_quietly(*modules: str) -> None:
 
 
 def get_device(name: str) -> DeviceBackend:
-    """The backend of `run.device`: `auto`, `cpu`, `cuda` or `npu`. Raises ConfigError if absent."""
+    """The backend of `run.device`: `auto`, `cpu`, `cuda` or `npu`. Raises ConfigError if absent.
+
+    `auto` is the accelerator that this process sees, else the CPU: what megatron-core uses, too.
+    """
     if name == "auto":
         name = _detect()
     backends = _backends()
@@ -69,11 +89,28 @@ def get_device(name: str) -> DeviceBackend:
     return backends[name]()
 
 
+def check_dtype(backend: DeviceBackend, dtype: str) -> None:
+    """Raise ConfigError where the device of `student.dtype` cannot compute in it."""
+    if dtype == "bfloat16" and not backend.supports_bf16():
+        raise ConfigError(
+            f"student.dtype: the {backend.name} device of this process has no bfloat16; set "
+            "student.dtype=float32"
+        )
+
+
+def sees_npu() -> bool:
+    """Whether torch_npu is installed here and shows an NPU to this process."""
+    from mopd.device.npu import is_available
+
+    return importlib.util.find_spec("torch_npu") is not None and is_available()
+
+
 def _detect() -> str:
+    # NPUs first: with torch_npu's redirection `torch.cuda` answers for them
+    if sees_npu():
+        return "npu"
     if torch.cuda.is_available():
         return "cuda"
-    if importlib.util.find_spec("torch_npu") is not None:
-        return "npu"
     return "cpu"
 
 

@@ -7,20 +7,18 @@ shim replaces names in megatron's modules only (`REPLACED_SYMBOLS`); torch itsel
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 import logging
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from mopd.device.base import import_quietly
+from mopd.device.tensor_types import TYPE_CHECKS, RenamedTypes, resolve, run_inside
 from mopd.errors import ConfigError
 
 HOST = torch.device("cpu")
@@ -48,9 +46,7 @@ _GENERATOR_FUNCTIONS = (
 _SCOPED_FUNCTIONS = (
     "megatron.core.models.common.language_module.language_module."
     "LanguageModule.setup_embeddings_and_output_layer",
-    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.__init__",
-    "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.__init__",
-    "megatron.core.optimizer.optimizer.clip_grad_by_total_norm_fp32",
+    *TYPE_CHECKS,
 )
 REPLACED_SYMBOLS: tuple[str, ...] = (
     *(f"{module}.torch" for module in _TORCH_VIEWS),
@@ -72,6 +68,9 @@ class CpuDevice:
     def set_device(self, local_rank: int) -> None:
         """Nothing to do."""
 
+    def current_device(self) -> torch.device:
+        return HOST
+
     def synchronize(self) -> None:
         """Nothing to do: host work is never queued."""
 
@@ -80,6 +79,15 @@ class CpuDevice:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return {"allocated": peak, "peak": peak}
+
+    def supports_bf16(self) -> bool:
+        return True
+
+    def rng_state(self) -> None:
+        """The host's own generator is torch's, which is kept anyway."""
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Nothing to do: see `rng_state`."""
 
     def prepare_megatron(self) -> None:
         """Patch megatron-core for the host. Raises ConfigError where a CUDA device is visible."""
@@ -97,21 +105,9 @@ class CpuDevice:
         ):
             owner, name = resolve(symbol)
             setattr(owner, name, replacement)
-        for symbol in _SCOPED_FUNCTIONS:
-            owner, name = resolve(symbol)
-            setattr(owner, name, _scoped(getattr(owner, name)))
+        run_inside(_SCOPED_FUNCTIONS, _HostTensors)
         # It warns where the host's generator moves inside a device's; here they are one.
         logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
-
-
-def resolve(symbol: str) -> tuple[Any, str]:
-    """The object that holds `symbol` (a module or a class in one) and the attribute's name."""
-    path, name = symbol.rsplit(".", 1)
-    try:
-        return importlib.import_module(path), name
-    except ModuleNotFoundError:
-        module, cls = path.rsplit(".", 1)
-        return getattr(importlib.import_module(module), cls), name
 
 
 class _HostCuda(ModuleType):
@@ -186,35 +182,15 @@ def _set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: boo
     torch.set_rng_state(new_state)
 
 
-class _HostTensors(TorchFunctionMode):
+class _HostTensors(RenamedTypes):
     """`Tensor.cuda()` is the identity, and `Tensor.type()` names host tensors as CUDA's."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.")
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
-        result = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
-
-
-@contextlib.contextmanager
-def host_tensors() -> Iterator[None]:
-    """Within it this thread's host tensors pass for CUDA tensors in megatron's type checks."""
-    with _HostTensors():
-        yield
-
-
-def _scoped(function: Callable[..., Any]) -> Callable[..., Any]:
-    if hasattr(function, "__wrapped_for_host__"):
-        return function
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with host_tensors():
-            return function(*args, **kwargs)
-
-    run.__wrapped_for_host__ = True  # type: ignore[attr-defined]
-    return run
+        return super().__torch_function__(func, types, args, kwargs)

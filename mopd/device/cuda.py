@@ -32,6 +32,9 @@ class CudaDevice:
             )
         torch.cuda.set_device(local_rank)
 
+    def current_device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
+
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
@@ -40,6 +43,15 @@ class CudaDevice:
             "allocated": torch.cuda.memory_allocated(),
             "peak": torch.cuda.max_memory_allocated(),
         }
+
+    def supports_bf16(self) -> bool:
+        return torch.cuda.is_bf16_supported()
+
+    def rng_state(self) -> torch.Tensor:
+        return torch.cuda.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        torch.cuda.set_rng_state(state)
 
     def prepare_megatron(self) -> None:
         """Nothing to do."""

@@ -13,7 +13,7 @@ import torch
 
 from mopd.config.model_shape import read_model_config
 from mopd.config.schema import RunConfig
-from mopd.device import get_device
+from mopd.device import check_dtype, get_device
 from mopd.errors import ConfigError
 from mopd.metrics.span import Spans
 from mopd.rollout.base import Sampler
@@ -83,6 +83,7 @@ def build_run(config: RunConfig) -> Run:
 
 def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
     backend = get_device(config.run.device)
+    check_dtype(backend, config.student.dtype)
     torch.set_num_threads(config.run.threads or _threads_per_rank(config))
     router = Router(config.teachers, config.distillation)
     assert config.data.path is not None and config.student.model is not None

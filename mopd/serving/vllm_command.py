@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mopd.environment import visible_devices
+
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` wants a distribution called vllm
 TOKEN_VARIABLE = "MOPD_SERVE_TOKEN"
 
@@ -25,8 +27,6 @@ SMALL_CPU = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
-# Which accelerators a process sees.
-VISIBLE_DEVICES = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 # The place of a rank among others: a server that reads them would look for those others.
 RANK_VARIABLE = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
@@ -121,5 +121,5 @@ def started_environment(
     environment = {**(SMALL_CPU if device == "cpu" else {}), **kept}
     environment["PYTHONPATH"] = os.pathsep.join(path)
     if devices is not None:
-        environment[VISIBLE_DEVICES.get(device, VISIBLE_DEVICES["cuda"])] = devices
+        environment[visible_devices(device)] = devices
     return server_environment(environment, token=token)

@@ -64,8 +64,8 @@ class Offloaded:
     """Weights that are in host memory, and on their device within `loaded` only.
 
     The modules' parameters are empty in between, also where the device is the host itself. The
-    host's copy never changes: nothing is copied back. On CUDA it is pinned, which makes the way to
-    the device asynchronous.
+    host's copy never changes: nothing is copied back. For an accelerator it is pinned, which makes
+    the way to the device asynchronous.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -92,7 +92,7 @@ class Offloaded:
 
 def _to_host(tensor: Tensor) -> Tensor:
     host = tensor.cpu()
-    return host.pin_memory() if tensor.device.type == "cuda" else host
+    return host if tensor.device.type == "cpu" else host.pin_memory()
 
 
 def _nothing(parameter: nn.Parameter) -> Tensor:

@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 
 from mopd.config.model_shape import ModelShape
+from mopd.device import get_device
 from mopd.student.layout import Layout
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class Router(TopKRouter):
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        if torch.cuda.is_available():  # Megatron leaves it on the host until the first forward
-            self.weight.data = self.weight.data.to(torch.cuda.current_device())
+        # Megatron leaves it on the host until the first forward
+        self.weight.data = self.weight.data.to(get_device("auto").current_device())
         self.normalized = not config.moe_router_pre_softmax
         assert isinstance(config.moe_aux_loss_coeff, float)
         self.coefficient = config.moe_aux_loss_coeff

@@ -88,7 +88,7 @@ def initialize(
 
     Raises ConfigError when the layout does not fit the number of processes.
     """
-    # Megatron warns, and loses overlap on GPUs, unless kernels queue in one order.
+    # Megatron warns, and loses overlap, unless kernels queue in one order; read on every device.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     backend.set_device(local_rank)

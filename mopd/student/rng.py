@@ -10,14 +10,17 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
+from mopd.device import get_device
+
 _TRACKER = "tracker."
 
 
 def capture_rng() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """States of torch, Megatron's tracker, numpy and python: (tensors, JSON values)."""
     tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
+    device = get_device("auto")
+    if (own := device.rng_state()) is not None:
+        tensors[device.name] = own
     for name, state in _tracker().get_states().items():
         tensors[_TRACKER + name] = state.clone()
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
@@ -40,8 +43,9 @@ def _tracker() -> CudaRNGStatesTracker:
 def restore_rng(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
     """Undo everything since `capture_rng`."""
     torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    device = get_device("auto")
+    if device.name in tensors:
+        device.set_rng_state(tensors[device.name])
     _tracker().set_states(
         {
             name.removeprefix(_TRACKER): state

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import nn
 
+from mopd.device import get_device
 from mopd.student.attention import CausalAttention
 from mopd.student.moe import moe_spec
 
@@ -40,7 +41,7 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torc
 
 
 def _norm_weight(config: TransformerConfig, hidden_size: int) -> nn.Parameter:
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    device = get_device("auto").current_device()  # where megatron-core builds its own layers
     weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
     # Under sequence parallelism each rank sees a part of the sequence, so its gradient is partial;
     # Megatron sums the gradients of parameters that carry this mark.

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mopd.student", "mopd.rollout", "mopd.teachers"),
     ("mopd.align", "mopd.projection", "mopd.losses", "mopd.serving"),
     ("mopd.tokens", "mopd.config", "mopd.device", "mopd.metrics", "mopd.storage"),
+    ("mopd.environment",),
     ("mopd.types", "mopd.errors", "mopd.fault_points"),
     ("mopd",),
 )
@@ -31,6 +32,8 @@ LIBRARIES = {
     "megatron": ("mopd.student", "mopd.device"),
     "ray": ("mopd.runtime.ray", "mopd.teachers.ray", "mopd.rollout.ray", "launch"),
     "vllm": ("mopd.serving",),
+    "torch_npu": ("mopd.device.npu",),
+    "mindspeed": ("mopd.device.npu",),
 }
 
 # What runs code or reads formats that run code, and what to use instead.
@@ -184,6 +187,8 @@ MUTATIONS = [
     (misplaced_libraries, "mopd.runtime.loop", "import ray"),
     (misplaced_libraries, "mopd.teachers.vllm", "def late():\n    from vllm import LLM"),
     (misplaced_libraries, "mopd.teachers.rays", "import ray"),
+    (misplaced_libraries, "mopd.student.bad", "def late():\n    import torch_npu"),
+    (misplaced_libraries, "mopd.device.base", "from mindspeed import megatron_adaptor"),
     (torch_in_config, "mopd.config.bad", "import torch"),
     (torch_in_config, "mopd.config.bad", "def late():\n    from torch import nn"),
     (collectives_in_losses, "mopd.losses.bad", "import torch.distributed as dist"),
