@@ -23,7 +23,7 @@ from mopd.config.check_servers import (
 from mopd.config.check_student import check_fit, check_student
 from mopd.config.data_files import check_data, check_data_path
 from mopd.config.keys import printable
-from mopd.config.model_shape import read_model_config
+from mopd.config.model_shape import find_model_config, read_model_config
 from mopd.config.pools import check_pools
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
@@ -36,10 +36,12 @@ NAMING_TYPES = ("vllm", "openai", "sglang")  # of these, the ones that list mode
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def check_config(config: RunConfig, *, world_size: int) -> None:
+def check_config(config: RunConfig, *, world_size: int, files: bool = True) -> None:
     """Raise ConfigError, one line with the key and the remedy, at the first mistake.
 
-    Reads the file system (paths, config.json), no weights.
+    Reads the file system (paths, config.json), no weights. Without ``files`` no path has to exist:
+    of the models config.json alone is read, or that of `recipes/models`, and where the student's
+    is not set, nothing.
     """
     problems = chain(
         _teachers(config),
@@ -51,9 +53,9 @@ def check_config(config: RunConfig, *, world_size: int) -> None:
         check_losses(config),
         _schedule(config),
         check_evaluate(config),
-        check_student(config),
-        _paths(config),
-        check_data(config),
+        check_student(config, files=files),
+        _paths(config) if files else (),
+        check_data(config, files=files),
         _sizes(config, world_size),
         check_inside_layout(config, world_size=world_size),
     )
@@ -201,8 +203,9 @@ def _sizes(config: RunConfig, world_size: int) -> Iterator[str]:
         )
         return
     yield from _batch_split(config, data_parallel=world_size // (tp * pp * cp))
-    assert config.student.model is not None  # _paths comes first
-    shape = read_model_config(Path(config.student.model))
+    if config.student.model is None:  # `_paths`, where files are looked at
+        return
+    shape = read_model_config(find_model_config(config.student.model).parent)
     yield from check_layout(shape, parallel, world_size)
     yield from check_fit(config.student, shape)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mopd.config.check_layout import check_layout
 from mopd.config.check_servers import unread
-from mopd.config.model_shape import read_model_config
+from mopd.config.model_shape import find_model_config, read_model_config
 from mopd.config.schema import RunConfig, TeacherSection
 from mopd.errors import ConfigError
 
@@ -45,11 +45,11 @@ def _self(config: RunConfig, name: str, teacher: TeacherSection) -> Iterator[str
 def check_inside_layout(config: RunConfig, *, world_size: int) -> Iterator[str]:
     """Models that cannot be spread as the student is. Reads their config.json."""
     for name, teacher in config.teachers.items():
-        if teacher.backend.type != "megatron":
+        if teacher.backend.type != "megatron" or teacher.model is None:  # `check._paths`
             continue
         key, parallel = f"teachers.{name}.model", config.student.parallel
         try:
-            shape = read_model_config(str(teacher.model))
+            shape = read_model_config(find_model_config(teacher.model).parent)
         except ConfigError as error:
             said = str(error).replace("student.model", key)
             yield f"{said}; or set teachers.{name}.backend.type=hf"

@@ -20,6 +20,7 @@ REMOTE_KEYS = (
 STARTED_TYPES = ("vllm", "mopd")
 # Words that mopd writes itself, by their beginning: vLLM takes `--host=x` too.
 OWN_WORDS = ("--model", "--host", "--port", "--uds", "--served-model-name", "--api-key")
+TENSOR_PARALLEL_WORDS = ("--tensor-parallel-size", "-tp")
 
 
 def is_started(backend: TeacherBackendSection | RolloutBackendSection) -> bool:
@@ -62,13 +63,17 @@ def unread(
 
 
 def device_shares(server: ServerSection) -> list[str | None]:
-    """The devices of each replica: an even share, or all of them the only one."""
+    """The devices of each replica: an even share, or all of them those of one replica.
+
+    None: not named.
+    """
     if server.devices is None:
         return [None] * server.replicas
     names = server.devices.split(",")
-    size = max(1, len(names) // server.replicas)
-    starts = [i * size if len(names) > 1 else 0 for i in range(server.replicas)]
-    return [",".join(names[start : start + size]) for start in starts]
+    if len(names) == server.tensor_parallel_size:
+        return [server.devices] * server.replicas
+    size = len(names) // server.replicas
+    return [",".join(names[i * size : (i + 1) * size]) for i in range(server.replicas)]
 
 
 def check_started(config: RunConfig) -> Iterator[str]:
@@ -93,13 +98,26 @@ def _section(prefix: str, backend: TeacherBackendSection | RolloutBackendSection
             f"{prefix}.api_key_env: servers that mopd starts get a key of their own; set it to "
             "null, or give urls"
         )
-    count = len((server.devices or "").split(","))
-    if count > 1 and count % server.replicas:
-        yield (
-            f"{prefix}.server.devices: {count} cannot be shared evenly by {server.replicas} "
-            "replicas; name one, or a multiple of that"
-        )
+    yield from _devices(prefix, server)
     for word in server.args:
         name = word.partition("=")[0].replace("_", "-")
+        if name in TENSOR_PARALLEL_WORDS:
+            yield (
+                f"{prefix}.server.args: {name} is a key of its own; set {prefix}.server."
+                "tensor_parallel_size instead"
+            )
         if name in OWN_WORDS:
             yield f"{prefix}.server.args: {name} is written by mopd itself; leave it out"
+
+
+def _devices(prefix: str, server: ServerSection) -> Iterator[str]:
+    if server.devices is None:
+        return
+    count, size = len(server.devices.split(",")), server.tensor_parallel_size
+    whole = server.replicas * size
+    if count != size and count % whole:
+        yield (
+            f"{prefix}.server.devices: {count} cannot be shared evenly by {server.replicas} "
+            f"replicas (server.tensor_parallel_size={size}); name {size} for all of them, or a "
+            f"multiple of {whole}"
+        )

@@ -10,8 +10,11 @@ from mopd.config.model_shape import ModelShape
 from mopd.config.schema import LoraSection, RecomputeSection, RunConfig, StudentSection
 
 
-def check_student(config: RunConfig) -> Iterator[str]:
-    """Problems of `student.lora`, `freeze` and `recompute`, one line each with key and remedy."""
+def check_student(config: RunConfig, *, files: bool = True) -> Iterator[str]:
+    """Problems of `student.lora`, `freeze` and `recompute`, one line each with key and remedy.
+
+    Without ``files`` the adapter at `student.lora.path` is not looked at.
+    """
     student = config.student
     yield from _unread_recompute(student.recompute)
     for pattern in student.freeze:
@@ -28,7 +31,7 @@ def check_student(config: RunConfig) -> Iterator[str]:
             "them out"
         )
     yield from _targets(student.lora)
-    if student.lora.path is not None:
+    if student.lora.path is not None and files:
         yield from check_adapter(student.lora)
 
 

@@ -68,10 +68,14 @@ def check_data_path(key: str, path: str | None) -> Iterator[str]:
         )
 
 
-def check_data(config: RunConfig) -> Iterator[str]:
-    """Problems of `data` but the paths of training and held-out rows, which others look at."""
+def check_data(config: RunConfig, *, files: bool = True) -> Iterator[str]:
+    """Problems of `data` but the paths of training and held-out rows, which others look at.
+
+    Without ``files`` the path of validation rows is not looked at either.
+    """
     data, default = config.data, DataSection()
-    yield from check_data_path("data.validation_path", data.validation_path)
+    if files:
+        yield from check_data_path("data.validation_path", data.validation_path)
     if data.prompt_key is not None and data.messages_key != default.messages_key:
         yield "data.prompt_key: is read instead of data.messages_key; drop one of them"
     if data.prompt_key is not None and data.train_on != default.train_on:

@@ -23,7 +23,7 @@ from mopd.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SUFFIXES = (".yaml", ".yml")
-LAYERS = ("base", "world", "world_opd", "world_vllm")  # files that recipes build on
+LAYERS = ("base", "cluster", "world", "world_opd", "world_vllm")  # files that recipes build on
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w-]*(\.[\w-]+)*)=(?P<value>.+)", re.DOTALL)
 
 Fill = Callable[[DictConfig], DictConfig]

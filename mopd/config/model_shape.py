@@ -18,6 +18,8 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
 )
 
+CATALOGUE = Path(__file__).resolve().parents[2] / "recipes" / "models"  # config.json by model name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llama3Rope:
@@ -67,6 +69,21 @@ class ModelShape:
     def sparse_layers(self) -> tuple[int, ...]:
         """The layers with experts, ascending; none in a dense model."""
         return () if self.moe is None else self.moe.layers
+
+
+def find_model_config(model: str | Path, *, key: str = "student.model") -> Path:
+    """`config.json` of a Hugging Face directory, or of `recipes/models/<its last part>`.
+
+    Raises ConfigError, with the ``key`` that names the model, where neither is there.
+    """
+    own, listed = Path(model) / "config.json", CATALOGUE / Path(model).name / "config.json"
+    for path in (own, listed):
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"{key}: neither {own} nor {listed} exists; download the model and give its directory, or "
+        "put its config.json under the second name"
+    )
 
 
 def read_model_config(model_dir: str | Path) -> ModelShape:

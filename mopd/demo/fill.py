@@ -24,13 +24,18 @@ class WorldFill:
     Args:
         announce: show progress while building.
         spec: which world.
+        build: build what is missing; else its paths are named all the same, and no path that was
+            given is looked at.
     """
 
-    def __init__(self, *, announce: bool, spec: WorldSpec | None = None) -> None:
+    def __init__(
+        self, *, announce: bool, spec: WorldSpec | None = None, build: bool = True
+    ) -> None:
         self.world_name: str | None = None
         self.announcement: str | None = None
         self._announce = announce
         self._spec = spec or WorldSpec()
+        self._build = build
 
     def __call__(self, recipe: DictConfig) -> DictConfig:
         loss = OmegaConf.select(recipe, "distillation.loss")
@@ -38,10 +43,9 @@ class WorldFill:
         open_keys = _open_keys(recipe, names)
         if not open_keys:
             return recipe
-        _refuse_missing(recipe)
-        root = Path(recipe.cache_dir) / "world"
-        is_built = (root / self._spec.digest() / "world.json").exists()
-        world = ensure_world(root, spec=self._spec, progress=self._announce and not is_built)
+        if self._build:
+            _refuse_missing(recipe)
+        world = self._world(Path(recipe.cache_dir) / "world")
         self.world_name = world.path.name
         layers: list[DictConfig | ListConfig] = [recipe]
         if "student.model" in open_keys:
@@ -67,7 +71,16 @@ class WorldFill:
         )
         return OmegaConf.merge(*layers)  # type: ignore[return-value]
 
+    def _world(self, root: Path) -> World:
+        place = root / self._spec.digest()
+        if not self._build:
+            return World(path=place, report={})
+        is_built = (place / "world.json").exists()
+        return ensure_world(root, spec=self._spec, progress=self._announce and not is_built)
+
     def _teacher(self, world: World, name: str) -> dict[str, Any]:
+        if name == PEER and not self._build:
+            return {"model": str(world.peer)}
         if name == PEER:
             return {"model": str(ensure_peer(world, progress=self._announce))}
         return {"model": str(world.teachers[name]), "domains": [name]}

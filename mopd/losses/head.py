@@ -16,14 +16,10 @@ from torch import Tensor
 from mopd.losses.base import Chunks, Coupled, Loss, LossOutput, LossSums, ProjectionRows
 from mopd.losses.cross_entropy import CROSS_ENTROPY, cross_entropy
 from mopd.losses.rows import blocks
+from mopd.losses.sizes import block_rows
 from mopd.losses.source import LinearSource, LogitsSource, Source
 from mopd.losses.vocab import VocabShard
 from mopd.types import MicroBatch, StepBatch, TeacherRows
-
-# On a CPU a block and its few temporaries should stay in cache; a GPU wants large blocks.
-BLOCK_ELEMENTS = {"cpu": 1_000_000}
-BLOCK_ELEMENTS_DEVICE = 64_000_000
-MIN_ROWS, MAX_ROWS = 16, 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +61,7 @@ class DistillationHead:
 
     terms: Mapping[str, TeacherTerm]
     shard: VocabShard
-    block_size: int | None = None  # rows; None: as many as fit BLOCK_ELEMENTS
+    block_size: int | None = None  # rows; None: as many as `block_rows` says
 
     def __call__(self, logits: Tensor, micro: MicroBatch, batch: StepBatch) -> LossOutput:
         """``total`` is T * sum_m weight_m S_m / D_m with T the step's global number of tokens,
@@ -152,8 +148,7 @@ class DistillationHead:
         return LossSums(loss=loss, kl=kl, extra=extra)
 
     def _block_rows(self, device: torch.device) -> int:
-        elements = BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_DEVICE)
-        return max(MIN_ROWS, min(MAX_ROWS, elements // max(self.shard.size, 1)))
+        return block_rows(device.type, self.shard.size)
 
 
 def _couple(loss: Loss, token_logprob: Tensor, payload: TeacherRows) -> Coupled:

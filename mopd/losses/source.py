@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mopd.losses.rows import Block
+from mopd.losses.sizes import PANEL_ROWS
 from mopd.losses.vocab import VocabShard
 
-PANEL_ROWS = 256  # rows that one matrix product takes at once, unless a block has more
 SLICE_ELEMENTS = 8_000_000  # of a product that is rounded before it is added up
 
 

@@ -94,11 +94,10 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
             key, rows, config=config, student=tokenizers.student, teachers=tokenizers.teachers
         )
     directory = Path(config.run.dir) / config.run.name
-    servers.start(directory, device=backend.name)  # they load while the student is built
-
     topology = initialize(
         config.student.parallel, backend=backend, seed=config.run.seed, timeout=_patience(config)
     )
+    servers.start(directory, device=backend.name)  # they load while the student is built
     found = load_pairs(config, tokenizers, topology)
     model = build_student(config.student, topology=topology, seed=config.run.seed)
     student = _student(config, model, tokenizers, found)

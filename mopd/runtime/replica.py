@@ -84,6 +84,14 @@ def from_main(value: T | None) -> T:
     return box[0]
 
 
+def from_all(value: T) -> list[T]:
+    """Every rank's ``value`` on every rank of the job, in order of the ranks."""
+    found = [value] * dist.get_world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
 def sum_over_leads(topology: Topology, values: np.ndarray) -> np.ndarray:
     """Sum of float64 vectors over the same place of every replica."""
     return _reduced(topology, np.asarray(values, dtype=np.float64), dist.ReduceOp.SUM)

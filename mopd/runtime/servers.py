@@ -1,4 +1,4 @@
-"""The vLLM servers that a run starts for itself, on the host of rank 0."""
+"""The vLLM servers that a run starts for itself, each on the node that the plan puts it on."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from mopd.config.backends import RemoteSection
-from mopd.config.check_servers import device_shares, is_started
+from mopd.config.pools import ROLLOUT, teacher_owner
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
-from mopd.runtime.payloads import active_teachers
-from mopd.runtime.replica import from_main
-from mopd.serving.launch import (
-    Launch,
-    ServerProcess,
-    close_all,
-    find_python,
-    free_ports,
-    importable,
+from mopd.runtime.nodes import (
+    ADDRESS_VARIABLE,
+    Engine,
+    engines_of_node,
+    listen_address,
+    seat_of,
+    visible_devices,
 )
-from mopd.serving.vllm_command import ServedModel, started_environment, started_words
+from mopd.runtime.replica import from_all, from_main
+from mopd.runtime.served import server_launch, started_sections
+from mopd.serving.address import free_ports
+from mopd.serving.launch import ServerProcess, close_all, importable
 
-ROLLOUT = "rollout"
 KEY_VARIABLE = "MOPD_SERVER_TOKEN"  # where the clients of these servers find their key
 FOLDER, IMPORTS = "servers", "python"  # in a run's directory: logs, and what they import
 JOURNAL = "journal"
@@ -38,61 +40,83 @@ SectionT = TypeVar("SectionT", bound=RemoteSection)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _State:
-    """What rank 0 tells the others."""
+    """What each rank tells all others; only the first of a node has servers."""
 
-    urls: Mapping[str, tuple[str, ...]]  # by the section's owner, as in teachers.math
-    key: str
-    failure: str | None
-    is_ready: bool
+    urls: Mapping[tuple[str, int], str] = field(default_factory=dict)  # by owner and number
+    failure: str | None = None
+    is_ready: bool = True
 
 
 class Servers:
-    """Empty until `start`, and on every rank but the first; `close` is safe at any time."""
+    """Empty until `start`, and on every rank but the first of a node; `close` is safe at any
+    time."""
 
     def __init__(self, config: RunConfig) -> None:
         self.processes: list[ServerProcess] = []
         self._config = config
-        self._sections = _started_sections(config)
-        self._key = secrets.token_urlsafe(32)
+        self._sections = started_sections(config)
+        self._engines: list[Engine] = []  # of `processes`
+        self._problem: str | None = None  # of this rank, until all are told in `reach`
+        self._where = ""
+        self._key = ""
         self._closed = threading.Event()
 
     def start(self, directory: Path, *, device: str) -> None:
-        """Starts all of them and does not wait; rank 0 alone does something.
+        """Starts this node's share, by its first rank, and does not wait.
+
+        Collective over all ranks. What goes wrong here is raised by `reach`, on every rank.
 
         Args:
             directory: of the run.
             device: cpu, cuda or npu.
-        Raises:
-            ConfigError: no interpreter has vLLM, or the job has several hosts.
         """
         if not self._sections:
             return
-        _refuse_many_hosts(next(iter(self._sections)))
-        if os.environ.get("RANK", "0") != "0":
+        self._key = from_main(secrets.token_urlsafe(32))
+        try:
+            self._start(directory / FOLDER, device=device)
+        except (ConfigError, OSError) as error:
+            self._problem = str(error)
+
+    def _start(self, folder: Path, *, device: str) -> None:
+        seat = seat_of(os.environ)
+        if seat.num_nodes > 1:
+            self._where = f" (on node {seat.node})"
+        if not seat.is_first:
             return
-        folder = directory / FOLDER
-        imports = importable(folder / IMPORTS)
-        pythons = {
-            owner: find_python(f"{owner}.backend", section.server.python, os.environ)
-            for owner, section in self._sections.items()
-        }
-        total = sum(section.server.replicas for section in self._sections.values())
-        ports = iter(free_ports(total))
-        for owner, section in self._sections.items():
-            served = _served(self._config, owner, device=device)
-            for number, devices in enumerate(device_shares(section.server)):
-                port = next(ports)
-                launch = Launch(
-                    owner=owner,
-                    words=(pythons[owner], *started_words(served, port=port)),
-                    environment=started_environment(
-                        os.environ, token=self._key, imports=imports, device=device, devices=devices
-                    ),
-                    port=port,
-                    log=folder / f"{owner}-{number}.log",
-                    max_restarts=section.server.max_restarts,
-                )
-                self.processes.append(ServerProcess(launch, _say))
+        self._engines = engines_of_node(
+            self._config,
+            self._sections,
+            seat,
+            device=device,
+            visible=lambda: visible_devices(
+                os.environ, device, count=torch.get_device_module(device).device_count
+            ),
+        )
+        if not self._engines:
+            return
+        host = listen_address(seat, os.environ)
+        try:
+            ports = free_ports(len(self._engines), host=host)
+        except OSError as error:
+            raise ConfigError(
+                f"{ADDRESS_VARIABLE}: {host} is no address of this host ({error}); correct it"
+            ) from error
+        # of each node its own: they may have mopd at different places
+        imports = importable(folder / IMPORTS / str(seat.node))
+        launches = [
+            server_launch(
+                self._config,
+                engine,
+                host=host,
+                port=port,
+                key=self._key,
+                folder=folder,
+                imports=imports,
+            )
+            for engine, port in zip(self._engines, ports, strict=True)
+        ]
+        self.processes += [ServerProcess(launch, _say) for launch in launches]
 
     def reach(self) -> RunConfig:
         """The recipe with their URLs and the name of their key, once all were healthy.
@@ -100,29 +124,35 @@ class Servers:
         Collective over all ranks.
 
         Raises:
-            ConfigError: one ended while it was starting, or is not healthy in time.
+            ConfigError: on any node a server could not be started, ended while it was starting, or
+                is not healthy in time.
         """
         if not self._sections:
             return self._config
         while True:
-            state: _State = from_main(self._state() if self.processes else None)
-            if state.failure is not None:
-                raise ConfigError(state.failure)
-            if state.is_ready:
+            states = from_all(self._state())
+            if failure := next((one.failure for one in states if one.failure), None):
+                raise ConfigError(failure)
+            if all(one.is_ready for one in states):
                 break
             self._closed.wait(LOOK_S)
-        os.environ[KEY_VARIABLE] = state.key
-        return _filled(self._config, state.urls)
+        os.environ[KEY_VARIABLE] = self._key
+        urls = {key: url for one in states for key, url in one.urls.items()}
+        return _filled(
+            self._config,
+            {
+                owner: tuple(urls[owner, number] for number in range(section.server.replicas))
+                for owner, section in self._sections.items()
+            },
+        )
 
     def _state(self) -> _State:
-        urls = {
-            owner: tuple(p.url for p in self.processes if p.launch.owner == owner)
-            for owner in self._sections
-        }
+        failure = self._problem or next(self._failures(), None)
+        if failure is not None:
+            return _State(failure=failure + self._where)
+        started = list(zip(self._engines, self.processes, strict=True))
         return _State(
-            urls=urls,
-            key=self._key,
-            failure=next(self._failures(), None),
+            urls={(engine.owner, engine.number): one.url for engine, one in started},
             is_ready=all(process.was_healthy for process in self.processes),
         )
 
@@ -141,8 +171,8 @@ class Servers:
         """Ends the servers and everything that they started."""
         self._closed.set()
         close_all(self.processes)
-        if self.processes:
-            os.environ.pop(KEY_VARIABLE, None)
+        if self._key and os.environ.get(KEY_VARIABLE) == self._key:
+            os.environ.pop(KEY_VARIABLE)
 
 
 def is_failed_start(directory: Path) -> bool:
@@ -166,56 +196,6 @@ def _say(message: str) -> None:
         print(message, flush=True)
 
 
-def _started_sections(config: RunConfig) -> dict[str, RemoteSection]:
-    """Sections whose servers mopd starts, by their owner: rollout, teachers.math."""
-    sections: dict[str, RemoteSection] = {}
-    if is_started(config.rollout.backend):
-        sections[ROLLOUT] = config.rollout.backend
-    for name, teacher in active_teachers(config).items():
-        if is_started(teacher.backend):
-            sections[f"teachers.{name}"] = teacher.backend
-    return sections
-
-
-def _served(config: RunConfig, owner: str, *, device: str) -> ServedModel:
-    """What the servers of one section serve.
-
-    A teacher scores in vLLM's choice of a type; the sampler's weights are the student's, and so is
-    their type.
-    """
-    is_small = device == "cpu"
-    if owner == ROLLOUT:
-        model, tokenizer = config.student.model, config.student.tokenizer
-        section: RemoteSection = config.rollout.backend
-        dtype = config.student.dtype
-        top_k = None
-    else:
-        teacher = config.teachers[owner.partition(".")[2]]
-        model, tokenizer, section = teacher.model, teacher.tokenizer, teacher.backend
-        dtype = "float32" if is_small else None
-        top_k = config.distillation.top_k
-    assert model is not None  # check_config
-    return ServedModel(
-        model=Path(model).absolute(),
-        tokenizer=None if tokenizer is None else str(Path(tokenizer).absolute()),
-        name=section.served_model or owner,
-        max_logprobs=top_k,
-        processed_logprobs=owner == ROLLOUT,
-        dtype=dtype,
-        is_small=is_small,
-        more=section.server.args,
-    )
-
-
-def _refuse_many_hosts(owner: str) -> None:
-    world = os.environ.get("WORLD_SIZE", "1")
-    if os.environ.get("LOCAL_WORLD_SIZE", world) != world:
-        raise ConfigError(
-            f"{owner}.backend.urls: is empty, and servers that mopd starts are on the loopback of "
-            "one host; start them yourself for a job of several hosts, and give their urls"
-        )
-
-
 def _filled(config: RunConfig, urls: Mapping[str, tuple[str, ...]]) -> RunConfig:
     """A copy whose started sections are those of servers that are running."""
     rollout, teachers = config.rollout, dict(config.teachers)
@@ -223,7 +203,7 @@ def _filled(config: RunConfig, urls: Mapping[str, tuple[str, ...]]) -> RunConfig
         backend = _reached(rollout.backend, urls[ROLLOUT])
         rollout = rollout.model_copy(update={"backend": backend})
     for name, teacher in config.teachers.items():
-        if (owner := f"teachers.{name}") in urls:
+        if (owner := teacher_owner(name)) in urls:
             backend = _reached(teacher.backend, urls[owner])
             teachers[name] = teacher.model_copy(update={"backend": backend})
     return config.model_copy(update={"rollout": rollout, "teachers": teachers})

@@ -42,6 +42,12 @@ _FREE = (
     ("student", "parallel"),
     ("student", "optimizer", "use_distributed_optimizer"),
     ("journal",),
+    ("cluster",),
+    ("pools",),
+    ("ray",),
+    ("launcher",),
+    ("teachers", "*", "pool"),
+    ("rollout", "pool"),
     *(("teachers", "*", "backend", key) for key in (*_REACHED, "offload")),
     *(("rollout", "backend", key) for key in _REACHED),
 )

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, TCPStore
 
+from mopd.serving.address import address_towards
+
 TRAINER = 0
 GLANCE_S = 0.02
 CONNECT_S = 5.0
@@ -36,12 +38,7 @@ def local_address(url: str) -> str:
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            parts.hostname, port, type=socket.SOCK_DGRAM
-        )[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing
-            return probe.getsockname()[0]
+        return address_towards(str(parts.hostname), port)
     except OSError as error:
         raise ChannelError(f"{url}: no way to its host ({error})") from error
 
@@ -138,9 +135,7 @@ def receive(
     deadline = time.monotonic() + deadline_s
     device = torch.device("cpu") if backend == "gloo" else torch.device("cuda")
     try:
-        # the trainer listens before it asks anyone to come: nobody there means it has gone
-        connecting = timedelta(seconds=min(CONNECT_S, deadline_s))
-        store = TCPStore(host, port, timeout=connecting, is_master=False)
+        store = _reached(host, port, min(CONNECT_S, deadline_s))
         store.set_timeout(_left(deadline))
         store.set(_ready(rank), "1")
         # polled, for a trainer that gives up closes its store, which ends this at once
@@ -148,7 +143,7 @@ def receive(
             if time.monotonic() > deadline:
                 raise ChannelError("the trainer did not begin in time")
             time.sleep(GLANCE_S)
-        group = _join(store, rank, world_size, backend, _address_towards(host), _left(deadline))
+        group = _join(store, rank, world_size, backend, address_towards(host), _left(deadline))
         for name, dtype, shape in specs:
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
             _broadcast(group, tensor.reshape(-1).view(torch.uint8), _left(deadline))
@@ -157,6 +152,18 @@ def receive(
         if isinstance(error, ChannelError):
             raise
         raise ChannelError(_line(error)) from error
+
+
+def _reached(host: str, port: int, seconds: float) -> TCPStore:
+    """The trainer listens before it asks anyone to come: nobody there means that it has gone, or
+    that there is no way."""
+    try:
+        return TCPStore(host, port, timeout=timedelta(seconds=seconds), is_master=False)
+    except (RuntimeError, OSError) as error:
+        raise ChannelError(
+            f"no way to the trainer at {host} port {port}; let this host reach it, or set "
+            "rollout.backend.weight_sync=files"
+        ) from error
 
 
 def _join(
@@ -191,13 +198,6 @@ def _bytes_of(tensor: Tensor, device: torch.device) -> Tensor:
     """[bytes] of any type: one width on the wire."""
     tensor = tensor.detach().to(device)
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _address_towards(host: str) -> str:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
-        return probe.getsockname()[0]
 
 
 def _ready(rank: int) -> str:

@@ -1,4 +1,7 @@
-"""vLLM's servers as child processes: started, watched, started again, ended with the trainer."""
+"""vLLM's servers as child processes: started, watched, started again, ended with the trainer.
+
+No torch here, so that an actor that only keeps a server may import it.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,28 @@ import contextlib
 import http.client
 import importlib.util
 import os
-import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from mopd.config.keys import printable
 from mopd.errors import ConfigError
 from mopd.serving import guard
+from mopd.serving.address import LOOPBACK, base_url, is_free
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PYTHON_VARIABLE = "MOPD_VLLM_PYTHON"
-# Below the range from which systems take ports for outgoing connections.
-PORTS = range(18_000, 32_000)
 LOOK_S = 0.25  # between two looks at a server
 HEALTH_S = 2.0  # for one answer of a server that is starting
 RESTART_PAUSE_S = 1.0
 CLOSE_S = guard.GRACE_SECONDS + 20.0
+PORT_S = guard.GRACE_SECONDS + 20.0  # for whoever had the port before to end
 TAIL_BYTES = 1 << 16  # of a log, for its last lines
 SHOWN = 240  # characters of one line of a log in our message
 # What vLLM writes before a message: who, how bad, when and where.
@@ -42,7 +42,11 @@ LOG_ERROR = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """One server: ``owner`` is who uses it in the recipe, as in teachers.math."""
+    """One server: ``owner`` is who uses it in the recipe, as in teachers.math.
+
+    ``words`` and ``host``, ``port`` must say the same: where it listens, and is asked for its
+    health.
+    """
 
     owner: str
     words: tuple[str, ...]  # the interpreter first
@@ -50,6 +54,7 @@ class Launch:
     port: int
     log: Path
     max_restarts: int
+    host: str = LOOPBACK
 
     @property
     def key(self) -> str:
@@ -58,7 +63,8 @@ class Launch:
 
 
 class ServerProcess:
-    """Starts at once; a thread watches it, tells news by ``report`` and restarts it.
+    """A thread starts it once its port is free, watches it, tells news by ``report`` and restarts
+    it. The port of a server that was killed with its starter is free when its guard has ended it.
 
     A server that was healthy before is started again on its port, ``max_restarts`` times. One that
     never was is not: ``failure`` then says why, and stays set.
@@ -73,15 +79,15 @@ class ServerProcess:
         self._closing = threading.Event()
         self._lock = threading.Lock()  # no start once it is being closed
         self._began = time.monotonic()
+        self._process: subprocess.Popen[bytes] | None = None
         launch.log.write_bytes(b"")
-        self._process = self._spawn()
         report(f"starting vLLM for {launch.owner} at {self.url}, log in {launch.log}")
         self._thread = threading.Thread(target=self._watch, name=f"watch {self.url}", daemon=True)
         self._thread.start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.launch.port}"
+        return base_url(self.launch.host, self.launch.port)
 
     @property
     def was_healthy(self) -> bool:
@@ -107,17 +113,43 @@ class ServerProcess:
         """Asks it to end; `close` waits for that."""
         self._closing.set()
         with self._lock:
-            _close_pipe(self._process)
+            if self._process is not None:
+                _close_pipe(self._process)
 
     def close(self) -> None:
         """Its whole process group is gone afterwards. Safe to call twice."""
         self.end()
         self._thread.join(timeout=CLOSE_S)
+        if self._process is None:
+            return
         try:
             self._process.wait(timeout=CLOSE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(timeout=CLOSE_S)
+
+    def _start(self) -> bool:
+        """Starts it, or a new one in its place. False: it is being closed, or the port is not free
+        in time."""
+        launch = self.launch
+        deadline = time.monotonic() + PORT_S
+        while not is_free(launch.host, launch.port):
+            if self._closing.wait(LOOK_S):
+                return False
+            if time.monotonic() > deadline:
+                self.failure = (
+                    f"{launch.key}: its vLLM server cannot listen at {self.url}, where another "
+                    "process does, or which is no address of this host; end that process"
+                )
+                self._report(self.failure)
+                return False
+        with self._lock:
+            if self._closing.is_set():
+                return False
+            if self._process is not None:
+                _close_pipe(self._process)
+            self._process = self._spawn()
+        return True
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._began = time.monotonic()
@@ -140,7 +172,7 @@ class ServerProcess:
             self._report(self.failure)
 
     def _restart_while_allowed(self) -> None:
-        while (code := self._until_it_ends()) is not None:
+        while self._start() and (code := self._until_it_ends()) is not None:
             key, owner, log = self.launch.key, self.launch.owner, self.launch.log
             if not self.was_healthy:
                 self.failure = (
@@ -161,19 +193,15 @@ class ServerProcess:
                 f"{died}: starting it again, {self.restarts} of {self.launch.max_restarts}"
             )
             self._closing.wait(RESTART_PAUSE_S)
-            with self._lock:
-                if self._closing.is_set():
-                    return
-                _close_pipe(self._process)
-                self._process = self._spawn()
 
     def _until_it_ends(self) -> int | None:
         """The exit code of the present process; None when it is being closed."""
-        is_healthy = False
+        process, is_healthy = self._process, False
+        assert process is not None
         while not self._closing.wait(LOOK_S):
-            if (code := self._process.poll()) is not None:
+            if (code := process.poll()) is not None:
                 return code
-            if not is_healthy and (is_healthy := answers(self.launch.port)):
+            if not is_healthy and (is_healthy := answers(self.launch.host, self.launch.port)):
                 self._report(f"vLLM for {self.launch.owner} is ready after {self.seconds:.0f} s")
                 self._healthy.set()
         return None
@@ -185,9 +213,9 @@ def _close_pipe(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def answers(port: int) -> bool:
-    """Whether ``/health`` of a server on the loopback is 200, or asks for a key."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HEALTH_S)
+def answers(host: str, port: int) -> bool:
+    """Whether a server's ``/health`` is 200, or asks for a key."""
+    connection = http.client.HTTPConnection(host, port, timeout=HEALTH_S)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status in (200, 401, 403)
@@ -203,23 +231,6 @@ def close_all(processes: Sequence[ServerProcess]) -> None:
         process.end()
     for process in processes:
         process.close()
-
-
-def free_ports(count: int) -> list[int]:
-    """Different loopback ports that nobody listens on at this moment."""
-    candidates = random.SystemRandom().sample(PORTS, len(PORTS))
-    found: list[int] = []
-    with ExitStack() as held:
-        for port in candidates:
-            if len(found) == count:
-                break
-            probe = held.enter_context(socket.socket())
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            found.append(port)
-    return found
 
 
 def find_python(key: str, given: str | None, environment: Mapping[str, str]) -> str:

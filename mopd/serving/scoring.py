@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mopd.errors import ConfigError
+from mopd.serving.address import is_loopback
 from mopd.serving.wire import RawRows, Wire, WireHeader
 
 SCORE_PATH = "/mopd/v1/score"
@@ -162,16 +162,6 @@ def is_authorised(header: str | None, *, token: str | None) -> bool:
         return True
     given = (header or "").encode("utf-8", "surrogateescape")
     return hmac.compare_digest(given, f"Bearer {token}".encode())
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a socket bound to ``host`` can be reached from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_exposure(host: str, *, token: str | None) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from mopd.serving.address import is_loopback
 from mopd.serving.models import model_fingerprint
 from mopd.serving.scoring import (
     MAX_BODY_BYTES,
@@ -24,7 +25,6 @@ from mopd.serving.scoring import (
     ScoreLimits,
     ScoreRequest,
     is_authorised,
-    is_loopback,
     read_request,
 )
 from mopd.serving.vllm_command import TOKEN_VARIABLE
@@ -46,11 +46,11 @@ class ScoreMiddleware:
         self._ready: asyncio.Task[tuple[str, ScoreLimits]] | None = None
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Answers its own paths; with a token, keeps strangers off vLLM's other paths too."""
+        """Answers its own paths, and keeps strangers off vLLM's other paths too."""
         own = scope["type"] == "http" and scope["path"] in (SCORE_PATH, MODEL_PATH)
         if not own:
-            if self._is_stranger(scope):
-                await _refuse(scope, send)
+            if (refusal := self._refusal(scope)) is not None:
+                await _refuse(scope, send, refusal)
             else:
                 await self._app(scope, receive, send)
             return
@@ -70,19 +70,24 @@ class ScoreMiddleware:
         except RequestError as error:
             await send_error(send, error)
 
-    def _is_stranger(self, scope: dict[str, Any]) -> bool:
-        """vLLM's own key guards some prefixes only; /health stays open for who watches."""
-        if scope["type"] not in ("http", "websocket") or scope["path"] == "/health":
-            return False
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return not is_authorised(given.decode("utf-8", "surrogateescape"), token=self._token)
+    def _refusal(self, scope: dict[str, Any]) -> RequestError | None:
+        """vLLM's own key guards some prefixes only; /health stays open for who watches.
 
-    def _admit(self, scope: dict[str, Any], *, methods: tuple[str, ...] = ()) -> None:
+        On the loopback a server may do without a token, elsewhere nobody is let in without one.
+        """
+        if scope["type"] not in ("http", "websocket") or scope["path"] == "/health":
+            return None
         local = scope.get("server") or ("", 0)
         if self._token is None and not is_loopback(local[0]):
-            raise RequestError("this address needs a token", status=401)
-        if self._is_stranger(scope):
-            raise RequestError("a wrong token, or none", status=401)
+            return RequestError(f"this address needs a token: set {TOKEN_VARIABLE}", status=401)
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if is_authorised(given.decode("utf-8", "surrogateescape"), token=self._token):
+            return None
+        return RequestError("a wrong token, or none", status=401)
+
+    def _admit(self, scope: dict[str, Any], *, methods: tuple[str, ...] = ()) -> None:
+        if (refusal := self._refusal(scope)) is not None:
+            raise refusal
         if scope["method"] not in (methods or ("POST" if scope["path"] == SCORE_PATH else "GET",)):
             raise RequestError("another method", status=405)
 
@@ -165,11 +170,11 @@ async def _prefill(
         pass
 
 
-async def _refuse(scope: dict[str, Any], send: Send) -> None:
+async def _refuse(scope: dict[str, Any], send: Send, refusal: RequestError) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
     else:
-        await send_error(send, RequestError("a wrong token, or none", status=401))
+        await send_error(send, refusal)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, bytes]) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mopd.environment import visible_devices
+from mopd.serving.address import LOOPBACK
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` wants a distribution called vllm
 TOKEN_VARIABLE = "MOPD_SERVE_TOKEN"
@@ -41,6 +42,7 @@ class ServedModel:
         max_logprobs: the cap of a request's log-probabilities; None leaves vLLM's own.
         processed_logprobs: sampled tokens get their log-probability at the sampling temperature.
         dtype: as vLLM's `--dtype`; None leaves vLLM's own choice.
+        tensor_parallel_size: devices of one server.
         is_small: no compilation, for a model on a few cores.
         more: words of the user; the last one wins.
     """
@@ -53,6 +55,7 @@ class ServedModel:
     dtype: str | None
     is_small: bool
     more: tuple[str, ...]
+    tensor_parallel_size: int = 1
 
 
 def server_words(
@@ -86,8 +89,8 @@ def server_environment(base: Mapping[str, str], *, token: str | None) -> dict[st
     return environment
 
 
-def started_words(served: ServedModel, *, port: int) -> list[str]:
-    """Words behind the interpreter for a server that mopd starts itself, on the loopback."""
+def started_words(served: ServedModel, *, port: int, host: str = LOOPBACK) -> list[str]:
+    """Words behind the interpreter for a server that mopd starts itself."""
     words = ["--served-model-name", served.name]
     if served.tokenizer is not None:
         words += ["--tokenizer", served.tokenizer]
@@ -95,11 +98,13 @@ def started_words(served: ServedModel, *, port: int) -> list[str]:
         words += ["--max-logprobs", str(served.max_logprobs)]
     if served.dtype is not None:
         words += ["--dtype", served.dtype]
+    if served.tensor_parallel_size > 1:
+        words += ["--tensor-parallel-size", str(served.tensor_parallel_size)]
     if served.is_small:
         words += ["--enforce-eager"]
     return server_words(
         served.model,
-        host="127.0.0.1",
+        host=host,
         port=port,
         more=[*words, *served.more],
         scoring=True,

@@ -63,8 +63,8 @@ def verify_weights(path: Path, version: str, known: Shapes) -> list[Spec]:
         manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="ascii"))
     except (OSError, ValueError) as error:
         raise WeightsFileError(
-            "trainer and server must both see rollout.backend.sync_dir; no whole directory at "
-            f"{path} ({type(error).__name__})"
+            "trainer and server must both see rollout.backend.sync_dir, or set weight_sync="
+            f"broadcast; no whole directory at {path} ({type(error).__name__})"
         ) from error
     file = path / WEIGHTS_FILE
     if not isinstance(manifest, dict) or manifest.get("version") != version:

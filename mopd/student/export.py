@@ -15,10 +15,10 @@ import torch
 
 from mopd.config.model_shape import read_model_config
 from mopd.config.schema import ParallelSection, RecomputeSection, StudentSection
+from mopd.config.slots import build_slots
 from mopd.device import get_device
 from mopd.errors import ArtifactError
 from mopd.storage.manifest import INDEX
-from mopd.student.hf_slots import build_slots
 from mopd.student.model import (
     DTYPES,
     StudentModel,

@@ -1,6 +1,6 @@
 """Hugging Face directories in and out of Megatron's shards, one tensor at a time.
 
-A `mopd.student.hf_slots.Slot` pairs one Megatron parameter with the Hugging Face tensors it is made
+A `mopd.config.slots.Slot` pairs one Megatron parameter with the Hugging Face tensors it is made
 of.
 """
 
@@ -17,9 +17,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from mopd.config.model_shape import ModelShape
+from mopd.config.slots import Slot, build_slots, parameter_name
 from mopd.errors import ArtifactError
 from mopd.serving.hf_experts import in_fused
-from mopd.student.hf_slots import Slot, build_slots, parameter_name
 from mopd.student.parallel import Topology
 
 

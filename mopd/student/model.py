@@ -27,9 +27,9 @@ from torch import nn
 
 from mopd.config.model_shape import Llama3Rope, ModelShape, read_model_config
 from mopd.config.schema import RunSection, StudentSection
+from mopd.config.slots import build_slots, parameter_name
 from mopd.student import output
 from mopd.student.hf_io import load_hf
-from mopd.student.hf_slots import build_slots, parameter_name
 from mopd.student.lora import Adapters
 from mopd.student.moe import moe_options, set_dispatcher
 from mopd.student.parallel import Topology

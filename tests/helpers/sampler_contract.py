@@ -246,7 +246,7 @@ def test_a_bad_directory_is_refused_and_the_engine_lives_on(site: Site) -> None:
             spoil(path)
             with pytest.raises(RefusedError, match="answered 422"):
                 site.ask(lambda s, v=version, p=path: s.update(_update(site, v, p)))
-        with pytest.raises(RefusedError, match=r"rollout\.backend\.sync_dir"):
+        with pytest.raises(RefusedError, match=r"rollout\.backend\.sync_dir.*weight_sync=broad"):
             site.ask(lambda s: s.update(_update(site, "0123456789/1", site.root / "nowhere")))
         assert ids_of(sampler.generate(PROMPTS, step=0, version=0)) == before
         assert held(site, sampler, 0) < TOLERANCE

@@ -42,7 +42,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 port = int(words[words.index("--port") + 1])
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+host = words[words.index("--host") + 1] if "--host" in words else "127.0.0.1"
+http.server.ThreadingHTTPServer((host, port), Handler).serve_forever()
 """
 
 # The same with scores: the stub server around the model that the words name.
@@ -62,7 +63,8 @@ model = words[words.index("--model") + 1]
 size = ChatTokenizer.load(model).vocabulary.size
 port = int(words[words.index("--port") + 1])
 options = StubOptions(key=os.environ["VLLM_API_KEY"])
-with StubServer(ModelScorer(model, vocab_size=size), options, port=port):
+host = words[words.index("--host") + 1]
+with StubServer(ModelScorer(model, vocab_size=size), options, host=host, port=port):
     time.sleep(300)
 """
 

@@ -71,7 +71,12 @@ class StubServer:
     """``with StubServer(scorer) as server: server.url``; ``requests`` are the bodies it got."""
 
     def __init__(
-        self, scorer: Scorer, options: StubOptions | None = None, *, port: int = 0
+        self,
+        scorer: Scorer,
+        options: StubOptions | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
         self.options = options or StubOptions()
         self.requests: list[dict[str, Any]] = []
@@ -79,7 +84,7 @@ class StubServer:
         self.tokenized: list[dict[str, Any]] = []  # what /tokenize answered
         self.busy = self.busiest = 0
         self._scorer = scorer
-        self._port = port
+        self._host, self._port = host, port
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -95,7 +100,7 @@ class StubServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._host}:{self.port}"
 
     @property
     def port(self) -> int:
@@ -117,7 +122,7 @@ class StubServer:
 
     async def _serve(self) -> None:
         self._stopping = asyncio.Event()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", self._port)
+        server = await asyncio.start_server(self._connection, self._host, self._port)
         self._port = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stopping.wait()

@@ -42,6 +42,31 @@ def test_a_server_is_enough(kind: str) -> None:
             {},
             "server.devices: 3 cannot be shared evenly by 2 replicas",
         ),
+        (
+            {
+                "type": "vllm",
+                "server": {"devices": "0,1,2", "replicas": 2, "tensor_parallel_size": 2},
+            },
+            {},
+            "server.devices: 3 cannot be shared evenly by 2 replicas "
+            "(server.tensor_parallel_size=2); name 2 for all of them, or a multiple of 4",
+        ),
+        (
+            {"type": "vllm", "server": {"devices": "0", "tensor_parallel_size": 2}},
+            {},
+            "server.devices: 1 cannot be shared evenly by 1 replicas "
+            "(server.tensor_parallel_size=2); name 2 for all of them",
+        ),
+        (
+            {"type": "vllm", "server": {"args": ["--tensor_parallel_size=2"]}},
+            {},
+            "set teachers.a.backend.server.tensor_parallel_size instead",
+        ),
+        (
+            {"type": "vllm", "server": {"args": ["-tp", "2"]}},
+            {},
+            "server.args: -tp is a key of its own",
+        ),
         ({"type": "vllm", "api_key_env": "PATH"}, {}, "get a key of their own; set it to null"),
         (
             {"type": "vllm", "server": {"args": ["--max-model-len=9", "--api_key=x"]}},
@@ -115,18 +140,24 @@ def test_a_sampler_is_started_in_server_mode_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("devices", "replicas", "shares"),
+    ("devices", "replicas", "size", "shares"),
     [
-        (None, 2, [None, None]),
-        ("3", 2, ["3", "3"]),
-        ("0,1,2,3", 2, ["0,1", "2,3"]),
-        ("0,1", 1, ["0,1"]),
+        (None, 2, 1, [None, None]),
+        ("3", 2, 1, ["3", "3"]),
+        ("0,1,2,3", 2, 1, ["0,1", "2,3"]),
+        ("0,1", 1, 1, ["0,1"]),
+        ("0,1", 2, 2, ["0,1", "0,1"]),
+        ("0,1,2,3", 2, 2, ["0,1", "2,3"]),
+        ("0,1,2,3", 1, 2, ["0,1,2,3"]),
     ],
 )
 def test_replicas_share_the_devices(
-    devices: str | None, replicas: int, shares: list[str | None]
+    devices: str | None, replicas: int, size: int, shares: list[str | None]
 ) -> None:
-    assert device_shares(ServerSection(devices=devices, replicas=replicas)) == shares
+    server = ServerSection(devices=devices, replicas=replicas, tensor_parallel_size=size)
+    assert device_shares(server) == shares
+    backend = {"type": "vllm", "server": server.model_dump()}
+    assert problems(backend) == []
 
 
 def test_neither_a_password_nor_a_key_is_repeated() -> None:

@@ -27,8 +27,6 @@ from tests.helpers.small_server import (
     wait_until,
 )
 
-RANKS = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-
 
 @pytest.fixture
 def script(tmp_path: Path) -> Iterator[Path]:
@@ -150,24 +148,14 @@ def test_a_server_that_does_not_come_up_ends_the_start(
     assert message in str(caught.value) and "teachers.a-0.log" in str(caught.value)
 
 
-def test_a_job_of_several_hosts_is_refused(
-    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, number in zip(RANKS, "042", strict=True):
-        monkeypatch.setenv(name, number)
-    with pytest.raises(ConfigError, match=r"teachers.a.backend.urls: is empty.*several hosts"):
-        Servers(alone(script)).start(tmp_path / "run", device="cpu")
-    assert starts(script) == []
-
-
 def both_ranks(script: str, directory: str) -> dict[str, Any]:
     from mopd.config.schema import ParallelSection
     from mopd.device import get_device
     from mopd.student.parallel import initialize
 
+    initialize(ParallelSection(), backend=get_device("cpu"), seed=1)
     servers = Servers(alone(Path(script)))
     servers.start(Path(directory), device="cpu")
-    initialize(ParallelSection(), backend=get_device("cpu"), seed=1)
     try:
         backend = servers.reach().teachers["a"].backend
         assert backend.api_key_env is not None
@@ -178,7 +166,7 @@ def both_ranks(script: str, directory: str) -> dict[str, Any]:
         }
     finally:
         servers.close()
-        os.environ.pop(KEY_VARIABLE, None)
+        assert KEY_VARIABLE not in os.environ
 
 
 @pytest.mark.dist
@@ -187,6 +175,89 @@ def test_one_rank_starts_and_all_know(script: Path, tmp_path: Path) -> None:
     assert len(starts(script)) == 1
     assert (first.pop("processes"), second.pop("processes")) == (1, 0)
     assert first == second and len(first["urls"]) == 1
+
+
+def on_a_node(scripts: list[str], directory: str, args: list[str]) -> dict[str, Any]:
+    """Every rank is a node of its own, with another loopback address; ``args`` are node 1's."""
+    from mopd.config.schema import ParallelSection
+    from mopd.device import get_device
+    from mopd.student.parallel import initialize
+
+    node = int(os.environ["RANK"])
+    before = dict(os.environ)
+    os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GROUP_WORLD_SIZE": "2"}
+    os.environ |= {"GROUP_RANK": str(node), "MOPD_HOST_ADDRESS": f"127.0.0.{1 + node}"}
+    os.environ["MOPD_VLLM_PYTHON"] = scripts[node]
+    backend = {"type": "vllm", "start_s": 30}
+    config = RunConfig.model_validate(
+        {
+            "cluster": {"num_nodes": 2, "num_devices_per_node": 3},
+            "teachers": {
+                "a": {"model": "a", "backend": backend | {"server": {"replicas": 3}}},
+                "b": {"model": "b", "backend": backend | {"server": {"args": args}}},
+            },
+        }
+    )
+    initialize(ParallelSection(), backend=get_device("cpu"), seed=1)
+    servers = Servers(config)
+    try:
+        servers.start(Path(directory), device="cpu")
+        try:
+            teachers = servers.reach().teachers
+        except ConfigError as error:
+            return {"said": str(error)}
+        return {
+            "urls": {name: one.backend.urls for name, one in teachers.items()},
+            "key": os.environ[KEY_VARIABLE],
+            "own": [one.url for one in servers.processes],
+        }
+    finally:
+        servers.close()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture
+def two_scripts(tmp_path: Path) -> Iterator[list[Path]]:
+    for name in ("zero", "one"):
+        (tmp_path / name).mkdir()
+    scripts = [small_server(tmp_path / name) for name in ("zero", "one")]
+    yield scripts
+    assert [left_over(script) for script in scripts] == [[], []]
+
+
+@pytest.mark.dist
+def test_each_node_starts_its_share_and_all_know_all(
+    two_scripts: list[Path], tmp_path: Path
+) -> None:
+    names = [str(script) for script in two_scripts]
+    found = run_ranks(on_a_node, 2, names, str(tmp_path / "run"), [])
+    assert [len(one["own"]) for one in found] == [len(starts(s)) for s in two_scripts] == [2, 2]
+    for node, one in enumerate(found):
+        assert all(url.startswith(f"http://127.0.0.{1 + node}:") for url in one["own"])
+        assert one["urls"] == found[0]["urls"] and one["key"] == found[0]["key"]
+    told = [url for urls in found[0]["urls"].values() for url in urls]
+    assert sorted(told) == sorted(found[0]["own"] + found[1]["own"])
+    assert [len(found[0]["urls"][name]) for name in "ab"] == [3, 1]
+    for script in two_scripts:
+        for one in starts(script):
+            assert one["env"]["MOPD_SERVE_TOKEN"] == found[0]["key"]
+    logs = sorted(path.name for path in (tmp_path / "run" / "servers").glob("*.log"))
+    assert logs == [*(f"teachers.a-{n}.log" for n in range(3)), "teachers.b-0.log"]
+
+
+@pytest.mark.dist
+def test_what_fails_on_one_node_all_nodes_say(two_scripts: list[Path], tmp_path: Path) -> None:
+    names = [str(script) for script in two_scripts]
+    first, second = run_ranks(on_a_node, 2, names, str(tmp_path / "run"), ["--fail"])
+    assert first == second
+    assert first["said"].startswith("teachers.b.backend: its vLLM server ended while it was")
+    assert first["said"].endswith("(on node 1)") and "too large" in first["said"]
+    names[1] = "/no/python"
+    first, second = run_ranks(on_a_node, 2, names, str(tmp_path / "run"), [])
+    assert first == second
+    assert first["said"].startswith("MOPD_VLLM_PYTHON: /no/python is no interpreter")
+    assert len(starts(two_scripts[1])) == 2  # of the first try alone
 
 
 TRAINER = """

@@ -41,6 +41,8 @@ def test_the_same_recipe_continues_and_free_keys_may_change(tmp_path: Path) -> N
     run = prepare(tmp_path)
     (run / "kept").touch()
     prepare(tmp_path, run={"threads": 3}, logging={"tensorboard": False})
+    placed = {"cluster": {"num_nodes": 2}, "pools": {"judges": {"shared": True}}}
+    prepare(tmp_path, **placed, launcher="ray", rollout={"pool": "judges"})
     prepare(tmp_path, checkpoint={"save_interval": 7})
     assert (run / "kept").exists()
     assert "save_interval: 7" in (run / "config.yaml").read_text()

@@ -116,7 +116,8 @@ def test_a_trainer_that_goes_away_is_noticed_by_the_worker() -> None:
 
 
 def test_nobody_there() -> None:
-    with pytest.raises(ChannelError):
+    remedy = r"no way to the trainer at 127.0.0.1 port 9; .* rollout.backend.weight_sync=files"
+    with pytest.raises(ChannelError, match=remedy):
         list(
             receive(
                 SPECS,

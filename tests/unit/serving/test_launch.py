@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 
 from mopd.errors import ConfigError
 from mopd.serving import launch as launching
-from mopd.serving.launch import Launch, ServerProcess, find_python, free_ports, importable
+from mopd.serving.address import LOOPBACK, PORTS, bound, free_ports
+from mopd.serving.launch import Launch, ServerProcess, find_python, importable
 from tests.helpers.small_server import (
     is_gone,
     kill_group,
@@ -27,14 +29,22 @@ from tests.helpers.small_server import (
 class Started:
     """A server in a test's folder, and what it reported."""
 
-    def __init__(self, directory: Path, *more: str, max_restarts: int = 1) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *more: str,
+        max_restarts: int = 1,
+        host: str = LOOPBACK,
+        port: int | None = None,
+    ) -> None:
         self.script = small_server(directory)
         self.news: list[str] = []
-        (port,) = free_ports(1)
+        port = free_ports(1, host=host)[0] if port is None else port
         launch = Launch(
             owner="teachers.a",
-            words=(str(self.script), "--port", str(port), *more),
+            words=(str(self.script), "--host", host, "--port", str(port), *more),
             environment=dict(os.environ),
+            host=host,
             port=port,
             log=directory / "a-0.log",
             max_restarts=max_restarts,
@@ -108,6 +118,53 @@ def test_closing_is_quick_and_final_whatever_it_is_doing(
     starting.process.close()
 
 
+def test_a_server_on_another_address_is_asked_there(folder: Path) -> None:
+    server = Started(folder, host="127.0.0.2")
+    try:
+        wait_until(lambda: server.healthy(1))
+        assert server.process.url.startswith("http://127.0.0.2:")
+        with urllib.request.urlopen(f"{server.process.url}/health", timeout=10) as reply:
+            assert reply.status == 200
+        assert not launching.answers(LOOPBACK, server.process.launch.port)
+    finally:
+        server.process.close()
+
+
+def test_a_start_waits_until_the_port_is_free(folder: Path) -> None:
+    """As where the server of a starter that was killed still ends."""
+    with bound(LOOPBACK, 0, reuse=True) as old:
+        old.listen()
+        server = Started(folder, port=old.getsockname()[1])
+        time.sleep(4 * launching.LOOK_S)
+        assert not starts(server.script) and server.process.failure is None
+    try:
+        wait_until(lambda: server.healthy(1))
+        assert len(starts(server.script)) == 1
+    finally:
+        server.process.close()
+
+
+def test_a_port_that_stays_taken_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "PORT_S", 0.1)
+    with bound(LOOPBACK, 0, reuse=True) as other:
+        other.listen()
+        server = Started(folder, port=other.getsockname()[1])
+        wait_until(lambda: server.process.failure is not None)
+        assert f"cannot listen at {server.process.url}" in (server.process.failure or "")
+        assert not starts(server.script)
+        server.process.close()
+
+
+def test_closing_ends_the_wait_for_a_port(folder: Path) -> None:
+    with bound(LOOPBACK, 0, reuse=True) as other:
+        other.listen()
+        server = Started(folder, port=other.getsockname()[1])
+        began = time.monotonic()
+        server.process.close()
+        assert time.monotonic() - began < 5.0
+    assert not starts(server.script) and server.process.failure is None
+
+
 TRAINER = """
 import sys, time
 from pathlib import Path
@@ -134,7 +191,7 @@ def test_a_trainer_that_is_killed_takes_its_servers_along(folder: Path) -> None:
 
 def test_ports_differ_and_are_free() -> None:
     ports = free_ports(50)
-    assert len(set(ports)) == 50 and set(ports) <= set(launching.PORTS)
+    assert len(set(ports)) == 50 and set(ports) <= set(PORTS)
 
 
 class TestInterpreter:

@@ -188,7 +188,11 @@ def test_a_websocket_needs_the_token_too(engine: Engine, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("host", ["10.0.0.1", "0.0.0.0", "", "example.org"])
 def test_an_open_address_without_a_token_is_refused(engine: Engine, host: str) -> None:
-    assert call(ScoreMiddleware(refuse), engine, host=host)[0] == 401
+    middleware = ScoreMiddleware(refuse)
+    for path in (SCORE_PATH, MODEL_PATH, "/v1/models", "/tokenize", "/metrics", "/"):
+        status, said = call(middleware, engine, host=host, path=path)
+        assert status == 401 and TOKEN_VARIABLE.encode() in said
+    assert call(middleware, engine, host=host, path="/health")[0] == 299
 
 
 def test_a_wrong_body_is_refused(engine: Engine) -> None:

@@ -18,7 +18,7 @@ from mopd.serving.vllm_command import (
 TOKEN = "t0ken-of-the-run"
 
 
-def words(**changes: Any) -> list[str]:
+def words(*, host: str = "127.0.0.1", **changes: Any) -> list[str]:
     keys: dict[str, Any] = {
         "model": Path("/m"),
         "tokenizer": None,
@@ -29,7 +29,7 @@ def words(**changes: Any) -> list[str]:
         "is_small": False,
         "more": (),
     }
-    return started_words(ServedModel(**keys | changes), port=123)
+    return started_words(ServedModel(**keys | changes), host=host, port=123)
 
 
 def environment(base: dict[str, str], *, device: str = "cpu", devices: str | None = None) -> Any:
@@ -49,6 +49,7 @@ def test_a_server_is_on_the_loopback_with_mopds_endpoint() -> None:
         "--dtype",
         "--tokenizer",
         "--logprobs-mode",
+        "--tensor-parallel-size",
     ):
         assert absent not in found
     assert "--enforce-eager" not in found
@@ -61,6 +62,8 @@ def test_a_server_is_on_the_loopback_with_mopds_endpoint() -> None:
         ({"processed_logprobs": True}, "--logprobs-mode processed_logprobs"),
         ({"dtype": "float32", "is_small": True}, "--dtype float32 --enforce-eager"),
         ({"tokenizer": "/t"}, "--tokenizer /t"),
+        ({"tensor_parallel_size": 4}, "--tensor-parallel-size 4"),
+        ({"host": "10.0.0.2"}, "--host 10.0.0.2 --port 123"),
     ],
 )
 def test_words_of_one_choice(changes: dict[str, Any], wanted: str) -> None:

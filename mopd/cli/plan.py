@@ -1,0 +1,134 @@
+"""`mopd plan recipe=<name> [key=value ...]`: who sits on which device, and the memory it takes.
+
+Exit codes: 0 it fits, 1 the estimate is above `cluster.device_memory_gb` somewhere, 2 the recipe is
+wrong or its pools do not fit on its cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mopd.config.cluster import DeviceKind
+from mopd.config.load import load_config, parse_arguments
+from mopd.config.schema import RunConfig
+from mopd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mopd.runtime.memory import Share
+    from mopd.runtime.placement import Plan
+
+KINDS: dict[str, DeviceKind] = {"cuda": "gpu", "npu": "npu", "cpu": "cpu"}
+
+
+def run(words: Sequence[str]) -> int:
+    """Print the plan of a recipe; nothing has to be downloaded, and nothing is started."""
+    parser = argparse.ArgumentParser(
+        prog="mopd plan",
+        description="Show who sits on which device of the recipe's cluster, and the memory it "
+        "takes. Models need not be there: config.json of known ones is in recipes/models.",
+    )
+    parser.add_argument("words", nargs="*", metavar="key=value", help="recipe=<name>, overrides")
+    parser.add_argument("--json", action="store_true", help="print plan and estimate as JSON")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture as SVG, too")
+    options, unknown = parser.parse_known_args(words)
+    recipe, overrides = parse_arguments([*unknown, *options.words])
+    config = _load(recipe, overrides)
+    return _show(config, as_json=options.json, svg=options.svg)
+
+
+def _load(recipe: str, overrides: Sequence[str]) -> RunConfig:
+    """The recipe as a run would have it. Models of an embedded world that is not built are null."""
+    from mopd.demo.fill import WorldFill
+
+    fill = WorldFill(announce=False, build=False)
+    config = load_config(recipe, overrides, fill=fill)
+    if fill.world_name is None:
+        return config
+    world = Path(config.cache_dir) / "world" / fill.world_name
+
+    def known(model: str | None) -> str | None:
+        path = Path(model or world)
+        is_there = world not in path.parents or (path / "config.json").is_file()
+        return model if is_there else None
+
+    student = config.student.model_copy(update={"model": known(config.student.model)})
+    teachers = {
+        name: one.model_copy(update={"model": known(one.model)})
+        for name, one in config.teachers.items()
+    }
+    return config.model_copy(update={"student": student, "teachers": teachers})
+
+
+def _show(config: RunConfig, *, as_json: bool, svg: Path | None) -> int:
+    from mopd.cli.plan_svg import picture_svg
+    from mopd.cli.plan_text import describe
+    from mopd.config.check import check_config
+    from mopd.runtime.demand import student_ranks
+    from mopd.runtime.memory import estimate, read_shapes, taking_turns, too_large
+    from mopd.runtime.placement import place
+
+    check_config(config, world_size=student_ranks(config), files=False)
+    plan = place(config, device=_device(config))
+    shares: tuple[Share, ...] = ()
+    problems: list[str] = []
+    notes = [*plan.notes]
+    if config.student.model is None:
+        notes.append(
+            "memory is left out: student.model is not set, and the embedded world that a run "
+            "takes then is not built yet (mopd world)"
+        )
+    else:
+        shares = estimate(config, plan, read_shapes(config))
+        problems = too_large(config, plan, shares)
+        notes += taking_turns(config, plan, shares)
+    if svg is not None:
+        _write(svg, picture_svg(plan, title=config.run.name))
+    if as_json:
+        print(json.dumps(_as_json(plan, shares, problems, notes), indent=2))
+    else:
+        print(describe(config, plan, shares, problems=problems, notes=notes))
+    return 1 if problems else 0
+
+
+def _device(config: RunConfig) -> DeviceKind:
+    name: str = config.run.device
+    if name == "auto":
+        from mopd.device import get_device  # brings torch in
+
+        name = get_device(name).name
+    return KINDS[name]
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--svg: {path} cannot be written: {error.strerror}") from error
+
+
+def _as_json(
+    plan: Plan, shares: Sequence[Share], problems: Sequence[str], notes: Sequence[str]
+) -> dict[str, Any]:
+    from mopd.runtime.memory import ASSUMPTIONS
+
+    members = [
+        {
+            "owner": share.owner,
+            "what": share.what,
+            "pool": share.pool,
+            "numbers": list(share.numbers),
+            "bytes": {**share.parts, "total": share.total},
+        }
+        for share in shares
+    ]
+    memory = {"members": members, "assumptions": ASSUMPTIONS} if shares else None
+    return {
+        "plan": asdict(plan) | {"notes": [*notes]},
+        "memory": memory,
+        "problems": [*problems],
+    }
