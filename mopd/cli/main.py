@@ -19,7 +19,7 @@ VERBS = {
     "export": "write a checkpoint as a Hugging Face model or a PEFT adapter",
     "plan": "show who sits on which device of the recipe's cluster, and the memory that takes",
     "projection": "build, audit, show or convert the projection of two tokenizers",
-    "serve": "score token ids over HTTP, for teachers of other runs",
+    "serve": "score or sample token ids over HTTP, for runs elsewhere",
     "world": "build the embedded world, or show where it is",
 }
 

@@ -1,4 +1,4 @@
-"""`mopd serve --model DIR`: the scoring endpoint, around transformers or around vLLM."""
+"""`mopd serve --model DIR`: scoring and sampling endpoints, around transformers or vLLM."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ def run(words: Sequence[str]) -> int:
     # After parsing: these bring torch in.
     import torch
 
-    from mopd.serving.hf_scorer import TransformersScorer
-    from mopd.serving.score_server import ScoreServer
+    from mopd.serving.hf_server import open_server
 
-    scorer = TransformersScorer(options.model, device=torch.device(options.device))
-    with ScoreServer(options.host, options.port, scorer=scorer, token=token) as server:
-        host, port = server.server_address[:2]
-        print(f"mopd serve: {options.model} at http://{host}:{port}", flush=True)
+    with open_server(
+        options.model,
+        host=options.host,
+        port=options.port,
+        token=token,
+        device=torch.device(options.device),
+        samples=options.sample,
+        scores=options.score or not options.sample,
+    ) as server:
+        print(f"mopd serve: {options.model} at {server.url}", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -41,10 +46,15 @@ def run(words: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mopd serve", description="Score token ids for mopd's teachers, as raw arrays."
+        prog="mopd serve",
+        description="Score token ids for mopd's teachers, or sample for its students.",
     )
     parser.add_argument("--model", type=Path, required=True, help="a local directory")
     parser.add_argument("--engine", choices=("hf", "vllm"), default="hf")
+    parser.add_argument("--score", action="store_true", help="the default, without --sample")
+    parser.add_argument(
+        "--sample", action="store_true", help="sample and take a student's weights instead"
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8900)
     parser.add_argument("--device", default="cpu", help="of --engine hf")
@@ -67,7 +77,12 @@ def _become_vllm(options: argparse.Namespace, *, token: str | None) -> int:
     from mopd.serving.vllm_command import server_environment, server_words
 
     words = server_words(
-        options.model, host=options.host, port=options.port, more=options.vllm, scoring=True
+        options.model,
+        host=options.host,
+        port=options.port,
+        more=options.vllm,
+        scoring=True,
+        sampling=options.sample,
     )
     environment = server_environment(os.environ, token=token)
     os.execve(sys.executable, [sys.executable, *words], environment)

@@ -115,11 +115,15 @@ class BroadcastPush:
         assert taken is not None
         found: dict[str, ServerError | None] = {}
         groups: dict[str, list[SampleServer]] = {}
-        for server in servers:
-            try:
-                groups.setdefault(local_address(server.url), []).append(server)
-            except ChannelError as error:
-                found[server.url] = RetryableError(server.url, "connect", str(error))
+        asked = [asyncio.to_thread(local_address, server.url) for server in servers]
+        addresses = await asyncio.gather(*asked, return_exceptions=True)
+        for server, address in zip(servers, addresses, strict=True):
+            if isinstance(address, ChannelError):
+                found[server.url] = RetryableError(server.url, "connect", str(address))
+            elif isinstance(address, BaseException):
+                raise address
+            else:
+                groups.setdefault(address, []).append(server)
         for address, members in groups.items():
             found |= await self._broadcast(taken, address, members)
         return [found[server.url] for server in servers]

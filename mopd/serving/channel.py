@@ -34,11 +34,19 @@ class ChannelError(RuntimeError):
 
 
 def local_address(url: str) -> str:
-    """The address of this machine that the server at ``url`` can reach; loopback stays loopback."""
+    """The address of this machine that connections to the server at ``url`` leave from.
+
+    It is asked of a connection, and not of the routes: a name may have several addresses, of which
+    the server listens on one. Loopback stays loopback. Blocks for up to `CONNECT_S` an address.
+
+    Raises:
+        ChannelError: nothing listens there.
+    """
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        return address_towards(str(parts.hostname), port)
+        with socket.create_connection((parts.hostname, port), timeout=CONNECT_S) as probe:
+            return probe.getsockname()[0]
     except OSError as error:
         raise ChannelError(f"{url}: no way to its host ({error})") from error
 
@@ -125,8 +133,11 @@ def receive(
     world_size: int,
     backend: Backend,
     deadline_s: float,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[str, Tensor]]:
     """What rank 0 sends, tensor by tensor, on the CPU (gloo) or the current device (nccl).
+
+    ``give_up`` is asked until the trainer begins.
 
     Raises:
         ChannelError: at the latest at the deadline.
@@ -140,6 +151,8 @@ def receive(
         store.set(_ready(rank), "1")
         # polled, for a trainer that gives up closes its store, which ends this at once
         while not store.check([GO]):
+            if give_up():
+                raise ChannelError("the server is closing")
             if time.monotonic() > deadline:
                 raise ChannelError("the trainer did not begin in time")
             time.sleep(GLANCE_S)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,10 @@ def sampling_stream(key: str, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(seed)).random(length)
 
 
-@torch.no_grad()
+class AbandonedError(Exception):
+    """Whoever asked does not want the answers any more."""
+
+
 def generate(
     model: Any,
     prompts: Sequence[np.ndarray],
@@ -50,17 +53,52 @@ def generate(
         streams: [max_new_tokens] uniforms per prompt, one per position; None decodes greedily.
         stop_ids: other tokens that end an answer; they are left out of it.
     """
+    ends = (eos_id, *stop_ids)
+    tokens, logprobs = decode(
+        model,
+        prompts,
+        ends=ends,
+        vocab_size=vocab_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        streams=streams,
+    )
+    return _cut(tokens, logprobs, ends)
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    ends: Sequence[int],
+    vocab_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    streams: Sequence[np.ndarray] | None,
+    is_abandoned: Callable[[], bool] = lambda: False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, S] and their log-probabilities [B, S] float32, S <= ``max_new_tokens``.
+
+    What is behind the first of ``ends`` in a row is no part of its answer. The other arguments are
+    those of `generate`.
+
+    Raises:
+        AbandonedError: ``is_abandoned``, which is asked before every token, was true.
+    """
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
-    ids, mask, positions = _left_padded(prompts, eos_id, device)
+    ids, mask, positions = _left_padded(prompts, ends[0], device)
     cache = DynamicCache(config=model.config)
     uniforms = None if streams is None else torch.as_tensor(np.stack(streams), device=device)
     alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    ends = torch.tensor([eos_id, *stop_ids], device=device)
+    last = torch.tensor(ends, device=device)
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
     for step in range(max_new_tokens):
+        if is_abandoned():
+            raise AbandonedError
         output = model(
             input_ids=ids,
             attention_mask=mask,
@@ -72,15 +110,15 @@ def generate(
         scores = torch.log_softmax(output.logits[:, -1, :vocab_size].float() / temperature, dim=-1)
         column = None if uniforms is None else uniforms[:, step]
         token = _choose(scores, column)
-        tokens.append(torch.where(alive, token, eos_id))
+        tokens.append(torch.where(alive, token, ends[0]))
         logprobs.append(scores.gather(1, token[:, None])[:, 0])
-        alive &= ~torch.isin(token, ends)
+        alive &= ~torch.isin(token, last)
         if not bool(alive.any()):
             break
         ids = tokens[-1][:, None]
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return _cut(torch.stack(tokens, 1), torch.stack(logprobs, 1), ends.tolist())
+    return torch.stack(tokens, 1).cpu().numpy(), torch.stack(logprobs, 1).float().cpu().numpy()
 
 
 def _left_padded(
@@ -107,11 +145,11 @@ def _choose(scores: Tensor, uniform: Tensor | None) -> Tensor:
     )
 
 
-def _cut(tokens: Tensor, logprobs: Tensor, ends: Sequence[int]) -> list[Generated]:
+def _cut(tokens: np.ndarray, logprobs: np.ndarray, ends: Sequence[int]) -> list[Generated]:
     """``ends``: the end of the turn, which is kept, and stop tokens, which are not."""
     eos_id, *_ = ends
     answers = []
-    for ids, lps in zip(tokens.cpu().numpy(), logprobs.float().cpu().numpy(), strict=True):
+    for ids, lps in zip(tokens, logprobs, strict=True):
         found = np.flatnonzero(np.isin(ids, ends))
         last = int(ids[found[0]]) if len(found) else None
         size = int(found[0]) + (last == eos_id) if len(found) else len(ids)

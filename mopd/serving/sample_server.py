@@ -41,7 +41,8 @@ FACTS_S = 10.0  # what a server knows without its engine
 NEVER = 501  # what another try cannot mend
 START_WORDS = (
     "start vLLM with --worker-extension-cls mopd.serving.vllm_weights.WeightsExtension "
-    "--middleware mopd.serving.vllm_sampling.SampleMiddleware (docs/samplers.md)"
+    "--middleware mopd.serving.vllm_sampling.SampleMiddleware, or `mopd serve --sample` "
+    "(docs/samplers.md)"
 )
 
 

@@ -20,6 +20,7 @@ from mopd.serving.versions import is_version
 WEIGHTS_PATH = "/mopd/v1/weights"
 SAMPLE_PATH = "/mopd/v1/sample"
 LOGPROBS_PATH = "/mopd/v1/logprobs"
+METHODS = {WEIGHTS_PATH: ("GET", "POST"), SAMPLE_PATH: ("POST",), LOGPROBS_PATH: ("POST",)}
 PROCESSED = "processed_logprobs"  # vLLM's name for log-probabilities at the sampling temperature
 MAX_SEQUENCES = 4096
 MAX_STOPS = 64

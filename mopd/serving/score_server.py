@@ -1,11 +1,18 @@
-"""The scoring endpoint around a `Scorer`, with the standard library's server."""
+"""The scoring and the sampling paths around engines, with the standard library's server."""
 
 from __future__ import annotations
 
 import json
+import select
 import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Protocol
 
+from mopd.serving.generation import AbandonedError
+from mopd.serving.sampling import METHODS
 from mopd.serving.scoring import (
     MAX_BODY_BYTES,
     MODEL_PATH,
@@ -18,24 +25,115 @@ from mopd.serving.scoring import (
 )
 from mopd.serving.wire import CONTENT_TYPE, encode_header, encode_rows
 
+HEALTH_PATH = "/health"
 SOCKET_SECONDS = 30.0
+CLOSE_SECONDS = 10.0  # for what is under way when a server is closed
+POLL_SECONDS = 0.05
+JSON = "application/json"
+SCORING = {SCORE_PATH: ("POST",), MODEL_PATH: ("GET",)}
+
+Gone = Callable[[], bool]
+Answer = tuple[str, list[bytes]]  # content type, parts of the body
+
+
+class Sampling(Protocol):
+    """An engine behind the paths of `sampling.METHODS`."""
+
+    def answer(self, path: str, method: str, body: bytes, *, gone: Gone, closing: Gone) -> bytes:
+        """The JSON of a 200 answer; raises RequestError, and AbandonedError where the client is
+        ``gone``."""
+        ...
 
 
 class ScoreServer(ThreadingHTTPServer):
-    """Serves ``scorer`` on ``host``; port 0 takes a free one, see ``server_address``.
+    """Serves ``scorer``, ``sampler`` or both on ``host``; port 0 takes a free one, see ``url``.
+
+    Call `serve_forever`, or `start` for a thread of its own; `close` or leaving the ``with`` ends
+    it. Then nothing is served any more, open connections are cut, and what was computed for them
+    stops at its next token; a pass of a scorer, or a broadcast that has begun, ends by itself.
 
     Raises:
         ConfigError: ``host`` is not loopback and there is no token.
     """
 
     daemon_threads = True  # a connection that hangs must not hold the process
+    allow_reuse_address = True  # a server that is started again takes its port at once
 
-    def __init__(self, host: str, port: int, *, scorer: Scorer, token: str | None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        scorer: Scorer | None = None,
+        sampler: Sampling | None = None,
+        token: str | None,
+    ) -> None:
         check_exposure(host, token=token)
+        assert scorer is not None or sampler is not None, "nothing to serve"
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.scorer, self.sampler, self.token = scorer, sampler, token
+        self.methods: dict[str, tuple[str, ...]] = {
+            HEALTH_PATH: ("GET",),
+            **(SCORING if scorer is not None else {}),
+            **(METHODS if sampler is not None else {}),
+        }
+        self._closing = threading.Event()
+        self._open: dict[threading.Thread, socket.socket] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
         super().__init__((host, port), _Handler)
-        self.scorer = scorer
-        self.token = token
+
+    @property
+    def url(self) -> str:
+        """As clients on this machine write it."""
+        host, port = self.server_address[:2]
+        return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"
+
+    def is_closing(self) -> bool:
+        """Whether nobody will be answered any more."""
+        return self._closing.is_set()
+
+    def start(self) -> None:
+        """Serves in a thread of its own, once."""
+        assert self._thread is None
+        self._thread = threading.Thread(
+            target=self.serve_forever, args=(POLL_SECONDS,), name="mopd-serve", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the server and its threads; safe to call twice, and not inside `serve_forever`."""
+        if self._thread is not None:
+            self.shutdown()
+            self._thread.join()
+        self.server_close()
+
+    def server_close(self) -> None:
+        """Closes the listener, cuts the connections, and waits for their threads."""
+        super().server_close()
+        self._closing.set()
+        with self._lock:
+            still = dict(self._open)
+        for connection in still.values():
+            with suppress(OSError):  # it has just ended
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in still:
+            thread.join(CLOSE_SECONDS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        thread = threading.Thread(
+            target=self.process_request_thread, args=(request, client_address), daemon=True
+        )
+        with self._lock:
+            self._open[thread] = request
+        thread.start()
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._lock:
+                self._open.pop(threading.current_thread(), None)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -56,36 +154,58 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> None:
         try:
-            if not is_authorised(self.headers.get("Authorization"), token=self.server.token):
-                raise RequestError("a wrong token, or none", status=401)
-            if self.path not in (SCORE_PATH, MODEL_PATH):
-                raise RequestError("no such path", status=404)
-            if method != ("POST" if self.path == SCORE_PATH else "GET"):
-                raise RequestError("another method", status=405)
-            if self.path == MODEL_PATH:
-                self._send(200, "application/json", json.dumps(self._model()).encode())
-                return
-            request = read_request(self._body(), limits=self.server.scorer.limits)
+            content_type, parts = self._found(method)
         except RequestError as error:
             # the body may be unread, so this connection cannot carry another request
             self.close_connection = True
             self._send_error(error.message, status=error.status)
-            return
-        try:
-            rows = encode_rows(self.server.scorer.score(request), wire=request.wire)
+        except (AbandonedError, ConnectionError, TimeoutError):  # of the socket
+            self.close_connection = True
         except Exception:
+            self.close_connection = True
             self._send_error("the engine failed", status=500)
             raise
-        header = encode_header(request.header(model=self.server.scorer.fingerprint))
-        self._send(200, CONTENT_TYPE, header, rows)
+        else:
+            self._send(200, content_type, *parts)
 
-    def _model(self) -> dict[str, str | int]:
-        limits = self.server.scorer.limits
-        return {
-            "model": self.server.scorer.fingerprint,
-            "vocab_size": limits.vocab_size,
-            "max_length": limits.max_length,
-        }
+    def _found(self, method: str) -> Answer:
+        """What a 200 answer says."""
+        server = self.server
+        # who watches the server needs no token
+        if self.path != HEALTH_PATH and not is_authorised(
+            self.headers.get("Authorization"), token=server.token
+        ):
+            raise RequestError("a wrong token, or none", status=401)
+        if self.path not in server.methods:
+            raise RequestError("no such path", status=404)
+        if method not in server.methods[self.path]:
+            raise RequestError("another method", status=405)
+        if self.path == HEALTH_PATH:
+            return JSON, [b"{}"]
+        if self.path in METHODS:
+            assert server.sampler is not None
+            body = self._body() if method == "POST" else b""
+            options = {"gone": self._is_gone, "closing": server.is_closing}
+            return JSON, [server.sampler.answer(self.path, method, body, **options)]
+        assert server.scorer is not None
+        if self.path == MODEL_PATH:
+            return JSON, [json.dumps(_model(server.scorer)).encode()]
+        return self._scored(server.scorer)
+
+    def _scored(self, scorer: Scorer) -> Answer:
+        request = read_request(self._body(), limits=scorer.limits)
+        rows = encode_rows(scorer.score(request), wire=request.wire)
+        return CONTENT_TYPE, [encode_header(request.header(model=scorer.fingerprint)), rows]
+
+    def _is_gone(self) -> bool:
+        """Whether the client has closed its side, or this server has cut the connection. What a
+        client sends early is no reason to think so."""
+        watch = select.poll()
+        try:
+            watch.register(self.connection, select.POLLIN)
+            return bool(watch.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
@@ -99,8 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def _send_error(self, message: str, *, status: int) -> None:
-        body = json.dumps({"error": {"message": message}}).encode()
-        self._send(status, "application/json", body)
+        self._send(status, JSON, json.dumps({"error": {"message": message}}).encode())
 
     def _send(self, status: int, content_type: str, *parts: bytes) -> None:
         self.send_response(status)
@@ -108,6 +227,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(sum(map(len, parts))))
         if self.close_connection:
             self.send_header("Connection", "close")
-        self.end_headers()
-        for part in parts:
-            self.wfile.write(part)
+        try:
+            self.end_headers()
+            for part in parts:
+                self.wfile.write(part)
+        except ConnectionError:  # nobody reads it any more
+            self.close_connection = True
+
+
+def _model(scorer: Scorer) -> dict[str, str | int]:
+    limits = scorer.limits
+    return {
+        "model": scorer.fingerprint,
+        "vocab_size": limits.vocab_size,
+        "max_length": limits.max_length,
+    }

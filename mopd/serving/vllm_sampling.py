@@ -18,8 +18,8 @@ import numpy as np
 from mopd.serving.channel import Spec
 from mopd.serving.sampling import (
     LOGPROBS_PATH,
+    METHODS,
     SAMPLE_PATH,
-    WEIGHTS_PATH,
     EngineFacts,
     Sampled,
     SampleOptions,
@@ -60,11 +60,6 @@ from mopd.serving.weight_files import (
 
 T = TypeVar("T")
 
-PATHS = {
-    WEIGHTS_PATH: ("GET", "POST"),
-    SAMPLE_PATH: ("POST",),
-    LOGPROBS_PATH: ("POST",),
-}
 JSON = "application/json"
 LATE_S = 5.0  # of an answer of the workers, beyond their own deadline
 
@@ -78,11 +73,11 @@ class SampleMiddleware(ScoreMiddleware):
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answers its own paths and leaves the others to the scoring endpoint and to vLLM."""
-        if scope["type"] != "http" or scope["path"] not in PATHS:
+        if scope["type"] != "http" or scope["path"] not in METHODS:
             await super().__call__(scope, receive, send)
             return
         try:
-            self._admit(scope, methods=PATHS[scope["path"]])
+            self._admit(scope, methods=METHODS[scope["path"]])
             sampler = await self._engine_sampler(scope["app"].state.engine_client)
             asked = await read_body(receive)
             work = sampler.answer(scope["path"], scope["method"], asked)

@@ -1,4 +1,4 @@
-"""Turns a dense Qwen3 directory into a Qwen3-MoE that computes (nearly) the same function."""
+"""FirstCome a dense Qwen3 directory into a Qwen3-MoE that computes (nearly) the same function."""
 
 from __future__ import annotations
 

@@ -59,6 +59,20 @@ def test_vllm_is_started_with_the_token_in_its_environment_alone(
     assert "a-token-of-enough-length" not in arguments
 
 
+@pytest.mark.parametrize(
+    ("word", "module"), [("--sample", "vllm_sampling"), ("--score", "vllm_app")]
+)
+def test_vllm_gets_the_paths_that_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, module: str
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(serve.os, "execve", lambda *call: started.append(call))
+    serve.run(["--model", str(tmp_path), "--engine", "vllm", word])
+    ((_, arguments, _),) = started
+    middleware = arguments[arguments.index("--middleware") + 1]
+    assert middleware.startswith(f"mopd.serving.{module}.")
+
+
 def test_a_server_serves_until_it_is_interrupted(tiny_world: World) -> None:
     model = tiny_world.teachers["sort"]
     words = ["serve", "--model", str(model), "--port", "0"]

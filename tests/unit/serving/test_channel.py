@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -86,9 +87,17 @@ def test_it_listens_on_the_given_address_alone() -> None:
             if found.status == psutil.CONN_LISTEN and found.laddr.port == trainer.port
         ]
     assert listening == ["127.0.0.1"]
-    assert local_address("http://127.0.0.1:8000") == "127.0.0.1"
-    with pytest.raises(ChannelError, match="no way to its host"):
-        local_address("http://no-such-host.invalid:8000")
+
+
+def test_the_trainers_address_is_the_one_its_connections_leave_from() -> None:
+    """Also where a name has several addresses and the server listens on one of them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert local_address(f"http://127.0.0.1:{port}") == "127.0.0.1"
+        assert local_address(f"http://localhost:{port}") == "127.0.0.1"
+    for url in (f"http://127.0.0.1:{port}", "http://no-such-host.invalid:8000"):
+        with pytest.raises(ChannelError, match="no way to its host"):
+            local_address(url)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +122,25 @@ def test_a_trainer_that_goes_away_is_noticed_by_the_worker() -> None:
     worker.join(10.0)
     assert not worker.is_alive()
     assert isinstance(worker.error, ChannelError) and list(worker.found) == ["0", "1"]
+
+
+def test_a_worker_gives_up_when_it_is_told_to() -> None:
+    """Long before its deadline, while the trainer has not begun."""
+    with (
+        channel(2, deadline_s=60.0) as trainer,
+        pytest.raises(ChannelError, match="the server is closing"),
+    ):
+        list(
+            receive(
+                SPECS,
+                meeting=("127.0.0.1", trainer.port),
+                rank=1,
+                world_size=2,
+                backend="gloo",
+                deadline_s=60.0,
+                give_up=lambda: True,
+            )
+        )
 
 
 def test_nobody_there() -> None:
