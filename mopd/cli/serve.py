@@ -26,6 +26,7 @@ def run(words: Sequence[str]) -> int:
     import torch
 
     from mopd.serving.hf_server import open_server
+    from mopd.serving.lease import lease_of
 
     with open_server(
         options.model,
@@ -35,6 +36,7 @@ def run(words: Sequence[str]) -> int:
         device=torch.device(options.device),
         samples=options.sample,
         scores=options.score or not options.sample,
+        lease=lease_of(os.environ),
     ) as server:
         print(f"mopd serve: {options.model} at {server.url}", flush=True)
         try:
@@ -74,7 +76,13 @@ def _token(variable: str | None) -> str | None:
 
 
 def _become_vllm(options: argparse.Namespace, *, token: str | None) -> int:
-    from mopd.serving.vllm_command import server_environment, server_words
+    from mopd.serving.lease import LEASE_VARIABLE
+    from mopd.serving.vllm_command import (
+        LEASED_MODULE,
+        MODULE,
+        server_environment,
+        server_words,
+    )
 
     words = server_words(
         options.model,
@@ -83,6 +91,7 @@ def _become_vllm(options: argparse.Namespace, *, token: str | None) -> int:
         more=options.vllm,
         scoring=True,
         sampling=options.sample,
+        module=LEASED_MODULE if os.environ.get(LEASE_VARIABLE) else MODULE,
     )
     environment = server_environment(os.environ, token=token)
     os.execve(sys.executable, [sys.executable, *words], environment)

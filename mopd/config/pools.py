@@ -30,6 +30,19 @@ def pools_of(config: RunConfig) -> dict[str, str]:
     return found
 
 
+def shared_pool_of(config: RunConfig, owner: str) -> str | None:
+    """The pool on whose devices this owner's engines take turns; None: they have their own."""
+    pool = pools_of(config).get(owner)
+    section = None if pool is None else config.pools.get(pool)
+    return pool if section is not None and section.shared else None
+
+
+def student_takes_turns(config: RunConfig) -> bool:
+    """Whether engines that the run starts are on the student's devices."""
+    section = config.pools.get(STUDENT)
+    return section is not None and section.shared and STUDENT in pools_of(config).values()
+
+
 def backends_of(config: RunConfig) -> Mapping[str, TeacherBackendSection | RolloutBackendSection]:
     """The backend section of every owner, active or not."""
     teachers = {teacher_owner(name): one.backend for name, one in config.teachers.items()}

@@ -27,7 +27,9 @@ from mopd.runtime.parts import Tokenizers, build_head, load_pairs, load_tokenize
 from mopd.runtime.payloads import Pair
 from mopd.runtime.sampler import build_sampler
 from mopd.runtime.servers import Servers
+from mopd.runtime.student_turns import StudentTurns
 from mopd.runtime.teachers import build_pool
+from mopd.student.away import StudentState
 from mopd.student.model import StudentModel, build_student
 from mopd.student.optim import build_optimizer
 from mopd.student.parallel import TIMEOUT, Topology, initialize
@@ -63,6 +65,7 @@ class Run:
     validation: list[Prompt]
     spans: Spans
     servers: Servers
+    turns: StudentTurns
     finished: Callable[[], None] = lambda: None
     stop_asked: Callable[[], bool] = lambda: False
 
@@ -94,6 +97,8 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
             key, rows, config=config, student=tokenizers.student, teachers=tokenizers.teachers
         )
     directory = Path(config.run.dir) / config.run.name
+    turns = StudentTurns(config, directory=directory)
+    opened.callback(turns.close)
     topology = initialize(
         config.student.parallel, backend=backend, seed=config.run.seed, timeout=_patience(config)
     )
@@ -102,6 +107,7 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
     model = build_student(config.student, topology=topology, seed=config.run.seed)
     student = _student(config, model, tokenizers, found)
     engines = build_engines(config, model, tokenizers.teachers)
+    turns.begin(StudentState(model, student.optimizer), topology)
     config = servers.reach()
     sampler = pool = feed = eval_feed = None
     spans = Spans()
@@ -137,7 +143,8 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
     inside = InsideTeachers(
         engines, topology=topology, teachers=pool.teachers if pool else {}, spans=spans
     )
-    inside.check()
+    with turns.turn():
+        inside.check()
     return Run(
         config=config,
         directory=directory,
@@ -154,6 +161,7 @@ def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
         validation=data["data.validation_path"],
         spans=spans,
         servers=servers,
+        turns=turns,
     )
 
 

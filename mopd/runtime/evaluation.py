@@ -210,10 +210,12 @@ def _measured(
     counts: defaultdict[str, float] = defaultdict(float)
     size = run.config.train.num_prompts_per_step
     for group in batches_of(prompts, per_domain=per_domain, size=size):
-        gathered = run.inside.judge(None if gather is None else gather(group))
-        feed = run.eval_feed
-        batch = from_lead(run.topology, feed.collate(gathered) if feed and gathered else None)
-        result = run.student.evaluate(batch)
+        gathered = None if gather is None else gather(group)
+        with run.turns.turn():
+            gathered = run.inside.judge(gathered)
+            feed = run.eval_feed
+            batch = from_lead(run.topology, feed.collate(gathered) if feed and gathered else None)
+            result = run.student.evaluate(batch)
         if batch.num_response_tokens:  # else nothing of the group is measured: 0 is no loss
             sums["loss"] += result.loss * len(group)
             counts["loss"] += len(group)

@@ -17,9 +17,10 @@ from mopd.metrics.span import Spans
 from mopd.runtime.gather import Gathered
 from mopd.runtime.payloads import active_teachers
 from mopd.runtime.replica import computed_by_lead, refuse_together
+from mopd.serving.offload import Offloaded
 from mopd.serving.scoring import ScoredSequence
 from mopd.serving.wire import RawRows
-from mopd.student.frozen import Offloaded, build_frozen
+from mopd.student.frozen import build_frozen
 from mopd.student.lora import adapter_off
 from mopd.student.model import StudentModel
 from mopd.student.parallel import Topology

@@ -27,6 +27,7 @@ from mopd.runtime.evaluation import (
     patience_is_over,
     refuse_unmeasured,
 )
+from mopd.runtime.gather import Gathered
 from mopd.runtime.learned import save_learned_projections
 from mopd.runtime.ledger import added
 from mopd.runtime.objective import loss_balance, static_weights
@@ -88,10 +89,12 @@ def train(run: Run, sink: Sink) -> Summary:
         if patience_is_over(config, _evaluations(state)):
             break
         began = time.perf_counter()
-        batch = from_lead(run.topology, _take(run, step))
-        batch = _balanced(run, state, batch)
-        with run.spans("train"):
-            result = run.student.train_step(batch)
+        gathered = run.feed.gather(step) if run.feed else None
+        with run.turns.turn():
+            batch = from_lead(run.topology, _judged(run, gathered))
+            batch = _balanced(run, state, batch)
+            with run.spans("train"):
+                result = run.student.train_step(batch)
         if run.feed is not None:
             run.feed.settle(step, skipped=result.skipped)
         _rebalance(run, state, batch, result)
@@ -115,9 +118,9 @@ def train(run: Run, sink: Sink) -> Summary:
     return _finish(run, sink, state, started=started, seconds_before=seconds_before)
 
 
-def _take(run: Run, step: int) -> StepBatch | None:
+def _judged(run: Run, gathered: Gathered | None) -> StepBatch | None:
     """This replica's share of a step, on its lead; all ranks score for it."""
-    gathered = run.inside.judge(run.feed.gather(step) if run.feed else None)
+    gathered = run.inside.judge(gathered)
     return run.feed.collate(gathered) if run.feed and gathered else None
 
 
@@ -135,7 +138,8 @@ def _push(run: Run, version: int, text: np.ndarray) -> float | None:
 
 
 def _probe(run: Run, ids: np.ndarray) -> float | None:
-    own = run.student.logprobs(ids, vocab_size=run.tokenizer.vocabulary.size)
+    with run.turns.turn():
+        own = run.student.logprobs(ids, vocab_size=run.tokenizer.vocabulary.size)
     if run.sampler is None:
         return None
     tolerance = run.config.rollout.backend.probe_tolerance
@@ -149,9 +153,10 @@ def _resume(run: Run, sink: Sink) -> State:
     latest = checkpoint.find_latest(run.directory / "checkpoints")
     state = State()
     if latest is not None:
-        restored = checkpoint.load(
-            latest, student=run.student, seed=config.run.seed, verify=config.checkpoint.verify
-        )
+        with run.turns.turn():
+            restored = checkpoint.load(
+                latest, student=run.student, seed=config.run.seed, verify=config.checkpoint.verify
+            )
         state = State(**restored.state)
         sink.note(f"continuing from step {state.step}, the last checkpoint")
         if restored.reseeded:
@@ -206,7 +211,8 @@ def _save(run: Run, state: State, saver: checkpoint.Saver, *, score: float | Non
     """``score`` is that of an evaluation of these very weights, the higher the better."""
     state.chunks = _chunks(run)
     state.ledger = _ledger(run)
-    saver.save(state.to_json(), score=score)
+    with run.turns.turn():
+        saver.save(state.to_json(), score=score)
     if run.feed is not None:
         run.feed.books.replies.prune(checkpoint.oldest_step(run.directory / "checkpoints"))
 

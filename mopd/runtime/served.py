@@ -7,11 +7,12 @@ from pathlib import Path
 
 from mopd.config.backends import RemoteSection
 from mopd.config.check_servers import is_started
-from mopd.config.pools import ROLLOUT, teacher_owner
+from mopd.config.pools import ROLLOUT, shared_pool_of, teacher_owner
 from mopd.config.schema import RunConfig
 from mopd.environment import VISIBLE_DEVICES
 from mopd.runtime.nodes import Engine
 from mopd.serving.launch import Launch, find_python
+from mopd.serving.lease import lease_environment, lease_path
 from mopd.serving.vllm_command import (
     ServedModel,
     started_environment,
@@ -45,7 +46,7 @@ def server_launch(
     Args:
         host: the address that it listens on, which is this host's.
         key: of the run; who lacks it is refused.
-        folder: of the logs.
+        folder: of the logs, in the run's directory.
         imports: `serving.launch.importable`, on this host.
     Raises:
         ConfigError: no interpreter here has vLLM.
@@ -60,7 +61,8 @@ def server_launch(
         words=(python, *started_words(served_model(config, engine), host=host, port=port)),
         environment=started_environment(
             base, token=key, imports=imports, device=engine.device, devices=engine.devices
-        ),
+        )
+        | turns_environment(config, engine.owner, directory=folder.parent),
         host=host,
         port=port,
         log=folder / f"{engine.owner}-{engine.number}.log",
@@ -94,6 +96,17 @@ def served_model(config: RunConfig, engine: Engine) -> ServedModel:
         processed_logprobs=engine.owner == ROLLOUT,
         dtype=dtype,
         is_small=is_small,
+        takes_turns=shared_pool_of(config, engine.owner) is not None,
         more=section.server.args,
         tensor_parallel_size=section.server.tensor_parallel_size,
     )
+
+
+def turns_environment(config: RunConfig, owner: str, *, directory: Path) -> dict[str, str]:
+    """For the servers of ``owner``: the lease of their pool on this host, where they share it.
+
+    Args:
+        directory: of the run.
+    """
+    pool = shared_pool_of(config, owner)
+    return {} if pool is None else lease_environment(lease_path(directory, pool), owner=owner)

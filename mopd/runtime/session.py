@@ -88,7 +88,7 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
     with interrupt, ExitStack() as opened:
         opened.callback(shutdown)
         opened.callback(sink.close)
-        for part in (run.servers, run.sampler, run.pool, run.feed):
+        for part in (run.servers, run.turns, run.sampler, run.pool, run.feed):
             if part is not None:
                 opened.callback(part.close)
         if run.pool is not None and run.topology.dp_rank == 0:

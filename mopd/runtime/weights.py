@@ -30,7 +30,7 @@ class Shares:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normalizer:
-    """FirstCome row weights into means over chunks, tokens or sequences, domain by domain.
+    """Turns row weights into means over chunks, tokens or sequences, domain by domain.
 
     With ``by_domain`` a teacher's loss is the mean over each of its domains, weighted by the
     domain's answers in the step: long answers do not outvote short ones of another domain.

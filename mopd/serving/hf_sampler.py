@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mopd.serving.channel import ChannelError, Spec, receive
+from mopd.serving.first_come import FirstCome, NoTurnError
 from mopd.serving.generation import AbandonedError, decode, sampling_stream
 from mopd.serving.hf_experts import one_by_one
-from mopd.serving.models import load_causal_lm
+from mopd.serving.hf_turns import TurnTakingModel
+from mopd.serving.lease import DeviceLease, LeaseTimeout
 from mopd.serving.rows import BLOCK_ELEMENTS
 from mopd.serving.sampling import (
     LOGPROBS_PATH,
@@ -42,7 +45,6 @@ from mopd.serving.sampling import (
     read_update,
 )
 from mopd.serving.scoring import RequestError
-from mopd.serving.first_come import NoTurnError, FirstCome
 from mopd.serving.versions import ServedVersion
 from mopd.serving.weight_files import (
     WeightsFileError,
@@ -65,11 +67,15 @@ class TransformersSampler:
     its seed: the batch it is decoded in changes it by rounding alone.
     """
 
-    def __init__(self, model_dir: Path, *, device: torch.device) -> None:
-        self._model = load_causal_lm(model_dir, device=device)
+    def __init__(
+        self, model_dir: Path, *, device: torch.device, lease: DeviceLease | None = None
+    ) -> None:
+        self._shared = TurnTakingModel(model_dir, device=device, lease=lease)
+        self._model = self._shared.model
         self._device = device
-        self._parameters = _named(self._model)
-        self._bytes_per_token = _bytes_per_token(self._model, device)
+        with self._first_turn():
+            self._shapes = {name: tuple(t.shape) for name, t in _named(self._model).items()}
+            self._bytes_per_token = _bytes_per_token(self._model, device)
         config = self._model.config
         self._facts = EngineFacts(
             version=None,
@@ -84,6 +90,22 @@ class TransformersSampler:
         self._served = ServedVersion()
         self._turns = FirstCome()
         self._updating = threading.Lock()
+
+    @contextmanager
+    def _first_turn(self) -> Iterator[None]:
+        """Whoever started this process watches the time."""
+        with ExitStack() as opened:
+            while True:
+                try:
+                    opened.enter_context(self._shared.turn())
+                    break
+                except LeaseTimeout:
+                    continue
+            yield
+
+    def close(self) -> None:
+        """Lets go of a shared device."""
+        self._shared.close()
 
     def facts(self) -> EngineFacts:
         """What the engine is, and the version it holds now."""
@@ -116,7 +138,7 @@ class TransformersSampler:
         if (held := self._served.current) != request.version:
             return encode_answer(held, [])
         try:
-            with self._turns.turn(gives_up=gone):
+            with self._turns.turn(gives_up=gone), self._shared.turn():
                 ticket = self._served.ticket()
                 if ticket.version != request.version:  # an update was in front
                     return encode_answer(ticket.version, [])
@@ -168,7 +190,7 @@ class TransformersSampler:
         fields = read_object(body, {"ids"})
         longest = self._facts.max_length
         try:
-            with self._turns.turn(gives_up=gone):
+            with self._turns.turn(gives_up=gone), self._shared.turn():
                 ticket = self._served.ticket()
                 ids = read_ids(fields["ids"], "ids", longest=longest, vocab_size=self._columns)
                 found = _finite(self._scores(ids))
@@ -196,7 +218,7 @@ class TransformersSampler:
                 return closing() or time.monotonic() > deadline
 
             try:
-                with self._turns.turn(gives_up=gives_up):
+                with self._turns.turn(gives_up=gives_up), self._shared.turn():
                     self._load(update, self._source(update, specs, deadline, closing), specs)
             except NoTurnError as error:
                 raise RequestError("the update took too long", status=503) from error
@@ -205,7 +227,7 @@ class TransformersSampler:
 
     def _verified(self, update: Update) -> list[Spec]:
         """The tensors that ``update`` brings: those of this model, and all of them."""
-        known = {name: tuple(tensor.shape) for name, tensor in self._parameters.items()}
+        known = self._shapes
         try:
             if update.path is not None:
                 specs = verify_weights(Path(update.path), update.version, known)
@@ -233,6 +255,7 @@ class TransformersSampler:
     ) -> None:
         """Until the first tensor has come the old weights are whole, and served."""
         missing = {name for name, _, _ in specs}
+        parameters = _named(self._model)  # where they are in this turn
         begun = False
         try:
             for name, tensor in source:
@@ -240,13 +263,14 @@ class TransformersSampler:
                     self._served.begin()
                 begun = True
                 missing.remove(name)
-                if name in self._parameters:  # else it is tied to one that is
-                    self._parameters[name].copy_(tensor)
+                if name in parameters:  # else it is tied to one that is
+                    parameters[name].copy_(tensor)
             if missing:
                 raise ChannelError("the source ended")
         except (ChannelError, OSError, SafetensorError, KeyError, RuntimeError) as error:
             said = f"{len(missing)} of {len(specs)} tensors did not come: {error}"
             raise RequestError(f"no weights: {said}", status=503) from error
+        self._shared.keep()
         self._columns = update.vocab_size
         self._served.finish(update.version)
 

@@ -8,17 +8,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mopd.serving.models import load_causal_lm, model_fingerprint
+from mopd.serving.hf_turns import TurnTakingModel
+from mopd.serving.lease import DeviceLease
+from mopd.serving.models import model_fingerprint
 from mopd.serving.rows import BLOCK_ELEMENTS, rows_of_logits
 from mopd.serving.scoring import ScoredSequence, ScoreLimits, ScoreRequest, join_rows
 from mopd.serving.wire import RawRows
 
 
 class TransformersScorer:
-    """Scores one request at a time, in batches of at most ``BLOCK_ELEMENTS`` logits."""
+    """Scores one request at a time, in batches of at most ``BLOCK_ELEMENTS`` logits.
 
-    def __init__(self, model_dir: Path, *, device: torch.device) -> None:
-        self._model = load_causal_lm(model_dir, device=device)
+    Args:
+        lease: of a device that others use as well; the weights are there while this one scores.
+    """
+
+    def __init__(
+        self, model_dir: Path, *, device: torch.device, lease: DeviceLease | None = None
+    ) -> None:
+        self._taking_turns = TurnTakingModel(model_dir, device=device, lease=lease)
+        self._model = self._taking_turns.model
         self._device = device
         self._lock = threading.Lock()
         config = self._model.config
@@ -28,15 +37,23 @@ class TransformersScorer:
         )
 
     def score(self, request: ScoreRequest) -> RawRows:
-        """The rows of all sequences, in order."""
+        """The rows of all sequences, in order.
+
+        Raises:
+            LeaseTimeout: the device did not come free in time.
+        """
         longest = max(len(sequence.ids) for sequence in request.sequences)
         batch = max(1, BLOCK_ELEMENTS // (longest * self.limits.vocab_size))
-        with self._lock:
+        with self._taking_turns.turn(), self._lock:
             parts = [
                 self._score_batch(request.sequences[begin : begin + batch], request)
                 for begin in range(0, len(request.sequences), batch)
             ]
         return join_rows(parts)
+
+    def close(self) -> None:
+        """Lets go of a shared device."""
+        self._taking_turns.close()
 
     @torch.no_grad()
     def _score_batch(self, sequences: tuple[ScoredSequence, ...], request: ScoreRequest) -> RawRows:

@@ -9,6 +9,7 @@ import torch
 from mopd.errors import ConfigError
 from mopd.serving.hf_sampler import TransformersSampler
 from mopd.serving.hf_scorer import TransformersScorer
+from mopd.serving.lease import DeviceLease
 from mopd.serving.score_server import ScoreServer
 from mopd.serving.scoring import check_exposure
 
@@ -22,6 +23,7 @@ def open_server(
     device: torch.device,
     samples: bool,
     scores: bool,
+    lease: DeviceLease | None = None,
 ) -> ScoreServer:
     """A server that listens and does not serve yet: call its `start`, or `serve_forever`.
 
@@ -30,16 +32,30 @@ def open_server(
 
     Args:
         port: 0 takes a free one.
+        lease: of a device that others use as well; models are there while they are asked.
 
     Raises:
         ConfigError: an open door, an address that is taken, or no model.
     """
     check_exposure(host, token=token)  # before a model is loaded for nothing
-    scorer = TransformersScorer(model_dir, device=device) if scores else None
-    sampler = TransformersSampler(model_dir, device=device) if samples else None
+    scorer = TransformersScorer(model_dir, device=device, lease=lease) if scores else None
+    sampler = None
+    if samples:
+        own = None if lease is None else DeviceLease(lease.path, owner=lease.owner)
+        sampler = TransformersSampler(model_dir, device=device, lease=own)
+    engines = [engine for engine in (scorer, sampler) if engine is not None]
     try:
-        return ScoreServer(host, port, scorer=scorer, sampler=sampler, token=token)
+        return ScoreServer(
+            host,
+            port,
+            scorer=scorer,
+            sampler=sampler,
+            token=token,
+            on_close=[engine.close for engine in engines],
+        )
     except OSError as error:
+        for engine in engines:
+            engine.close()
         raise ConfigError(
             f"{host} port {port}: cannot be listened on ({error.strerror or error}); choose "
             "another --host or --port"

@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from mopd.errors import ConfigError
 
 
-def load_causal_lm(model_dir: Path, *, device: torch.device) -> Any:
+def load_causal_lm(model_dir: Path, *, device: torch.device, in_host_memory: bool = False) -> Any:
     """A causal LM in evaluation mode, float32 on CPU and its stored type elsewhere.
 
+    Args:
+        in_host_memory: as it will be on ``device``, but not there yet.
     Raises:
         ConfigError: the directory does not hold a model that transformers can load.
     """
@@ -31,7 +33,7 @@ def load_causal_lm(model_dir: Path, *, device: torch.device) -> Any:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{model_dir}: cannot be loaded as a causal LM ({reason})") from error
-    return model.to(device).eval()
+    return (model if in_host_memory else model.to(device)).eval()
 
 
 def model_limits(model_dir: Path) -> tuple[int | None, int | None]:

@@ -6,12 +6,13 @@ import json
 import select
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
 
 from mopd.serving.generation import AbandonedError
+from mopd.serving.lease import LeaseTimeout
 from mopd.serving.sampling import METHODS
 from mopd.serving.scoring import (
     MAX_BODY_BYTES,
@@ -67,6 +68,7 @@ class ScoreServer(ThreadingHTTPServer):
         scorer: Scorer | None = None,
         sampler: Sampling | None = None,
         token: str | None,
+        on_close: Sequence[Callable[[], None]] = (),
     ) -> None:
         check_exposure(host, token=token)
         assert scorer is not None or sampler is not None, "nothing to serve"
@@ -77,6 +79,7 @@ class ScoreServer(ThreadingHTTPServer):
             **(SCORING if scorer is not None else {}),
             **(METHODS if sampler is not None else {}),
         }
+        self._on_close = on_close
         self._closing = threading.Event()
         self._open: dict[threading.Thread, socket.socket] = {}
         self._lock = threading.Lock()
@@ -119,6 +122,8 @@ class ScoreServer(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in still:
             thread.join(CLOSE_SECONDS)
+        for close in self._on_close:
+            close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         thread = threading.Thread(
@@ -159,6 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
             # the body may be unread, so this connection cannot carry another request
             self.close_connection = True
             self._send_error(error.message, status=error.status)
+        except LeaseTimeout as error:  # a busy server, which is well
+            self._send_error(str(error), status=429)
         except (AbandonedError, ConnectionError, TimeoutError):  # of the socket
             self.close_connection = True
         except Exception:

@@ -28,6 +28,7 @@ from mopd.serving.scoring import (
     read_request,
 )
 from mopd.serving.vllm_command import TOKEN_VARIABLE
+from mopd.serving.vllm_turns import EngineTurns
 from mopd.serving.vllm_worker import EXTRA_ARG
 from mopd.serving.wire import CONTENT_TYPE, encode_header
 
@@ -44,15 +45,17 @@ class ScoreMiddleware:
         self._app = app
         self._token = os.environ.get(TOKEN_VARIABLE)
         self._ready: asyncio.Task[tuple[str, ScoreLimits]] | None = None
+        self._devices = EngineTurns()
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answers its own paths, and keeps strangers off vLLM's other paths too."""
+        self._devices.attend(scope)
         own = scope["type"] == "http" and scope["path"] in (SCORE_PATH, MODEL_PATH)
         if not own:
             if (refusal := self._refusal(scope)) is not None:
                 await _refuse(scope, send, refusal)
             else:
-                await self._app(scope, receive, send)
+                await self._pass_on(scope, receive, send)
             return
         try:
             self._admit(scope)
@@ -64,11 +67,22 @@ class ScoreMiddleware:
                 await send_answer(send, 200, "application/json", [body])
                 return
             request = read_request(await read_body(receive), limits=limits)
-            rows = await while_connected(receive, _score(engine, request))
+            async with self._devices.turn(scope):
+                rows = await while_connected(receive, _score(engine, request))
             header = encode_header(request.header(model=fingerprint))
             await send_answer(send, 200, CONTENT_TYPE, [header, rows])
         except RequestError as error:
             await send_error(send, error)
+
+    async def _pass_on(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        try:
+            async with self._devices.turn(scope):
+                await self._app(scope, receive, send)
+        except RequestError as error:  # vLLM raises none: no turn, and no answer has begun
+            if scope["type"] == "http":
+                await send_error(send, error)
+            else:
+                await send({"type": "websocket.close", "code": 1013})
 
     def _refusal(self, scope: dict[str, Any]) -> RequestError | None:
         """vLLM's own key guards some prefixes only; /health stays open for who watches.

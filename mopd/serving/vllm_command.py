@@ -12,6 +12,7 @@ from mopd.environment import visible_devices
 from mopd.serving.address import LOOPBACK
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` wants a distribution called vllm
+LEASED_MODULE = "mopd.serving.vllm_leased"  # the same, once it is its turn on shared devices
 TOKEN_VARIABLE = "MOPD_SERVE_TOKEN"
 
 # No network, no reports to anyone.
@@ -44,6 +45,7 @@ class ServedModel:
         dtype: as vLLM's `--dtype`; None leaves vLLM's own choice.
         tensor_parallel_size: devices of one server.
         is_small: no compilation, for a model on a few cores.
+        takes_turns: others are on its devices as well, see `serving.lease`.
         more: words of the user; the last one wins.
     """
 
@@ -54,6 +56,7 @@ class ServedModel:
     processed_logprobs: bool
     dtype: str | None
     is_small: bool
+    takes_turns: bool = False
     more: tuple[str, ...]
     tensor_parallel_size: int = 1
 
@@ -66,10 +69,11 @@ def server_words(
     more: Sequence[str] = (),
     scoring: bool,
     sampling: bool = False,
+    module: str = MODULE,
 ) -> list[str]:
     """Words behind the interpreter. ``scoring`` adds mopd's endpoint (`serving.vllm_app`),
     ``sampling`` that and what a sampler needs (`serving.vllm_sampling`)."""
-    words = ["-m", MODULE, "--model", str(model), "--host", host, "--port", str(port)]
+    words = ["-m", module, "--model", str(model), "--host", host, "--port", str(port)]
     words += ["--enable-scale-out"]  # serves /inference/v1/generate
     if sampling:
         words += ["--worker-extension-cls", "mopd.serving.vllm_weights.WeightsExtension"]
@@ -102,6 +106,8 @@ def started_words(served: ServedModel, *, port: int, host: str = LOOPBACK) -> li
         words += ["--tensor-parallel-size", str(served.tensor_parallel_size)]
     if served.is_small:
         words += ["--enforce-eager"]
+    elif served.takes_turns:
+        words += ["--enable-sleep-mode"]  # refused on CPUs, which have no memory to give back
     return server_words(
         served.model,
         host=host,
@@ -109,6 +115,7 @@ def started_words(served: ServedModel, *, port: int, host: str = LOOPBACK) -> li
         more=[*words, *served.more],
         scoring=True,
         sampling=served.processed_logprobs,
+        module=LEASED_MODULE if served.takes_turns else MODULE,
     )
 
 

@@ -76,14 +76,16 @@ class SampleMiddleware(ScoreMiddleware):
         if scope["type"] != "http" or scope["path"] not in METHODS:
             await super().__call__(scope, receive, send)
             return
+        self._devices.attend(scope)
         try:
             self._admit(scope, methods=METHODS[scope["path"]])
             sampler = await self._engine_sampler(scope["app"].state.engine_client)
             asked = await read_body(receive)
-            work = sampler.answer(scope["path"], scope["method"], asked)
             # an update that was begun is better ended
             ends = scope["path"] in (SAMPLE_PATH, LOGPROBS_PATH)
-            body = await (while_connected(receive, work) if ends else work)
+            async with self._devices.turn(scope):
+                work = sampler.answer(scope["path"], scope["method"], asked)
+                body = await (while_connected(receive, work) if ends else work)
             await send_answer(send, 200, JSON, [body])
         except RequestError as error:
             await send_error(send, error)

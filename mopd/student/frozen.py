@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
-
-import torch
-from torch import Tensor, nn
 
 from mopd.config.model_shape import read_model_config
 from mopd.config.schema import StudentSection
@@ -58,42 +53,3 @@ def build_frozen(
         source_dir=model_dir,
         adapters=None,
     )
-
-
-class Offloaded:
-    """Weights that are in host memory, and on their device within `loaded` only.
-
-    The modules' parameters are empty in between, also where the device is the host itself. The
-    host's copy never changes: nothing is copied back. For an accelerator it is pinned, which makes
-    the way to the device asynchronous.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._host: dict[nn.Parameter, Tensor] = {}
-        for parameter in (p for module in modules for p in module.parameters()):
-            self._host[parameter] = _to_host(parameter.data)
-            parameter.data = _nothing(parameter)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of this rank's weights on the device, now."""
-        return sum(p.numel() * p.element_size() for p in self._host)
-
-    @contextmanager
-    def loaded(self) -> Iterator[None]:
-        try:
-            for parameter, host in self._host.items():
-                parameter.data = host.to(parameter.device, non_blocking=True)
-            yield
-        finally:
-            for parameter in self._host:
-                parameter.data = _nothing(parameter)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    host = tensor.cpu()
-    return host if tensor.device.type == "cpu" else host.pin_memory()
-
-
-def _nothing(parameter: nn.Parameter) -> Tensor:
-    return torch.empty(0, dtype=parameter.dtype, device=parameter.device)

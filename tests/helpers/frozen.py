@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from mopd.config.schema import StudentSection
+from mopd.serving.offload import Offloaded
 from mopd.serving.scoring import ScoredSequence
 from mopd.serving.wire import RawRows
-from mopd.student.frozen import Offloaded, build_frozen
+from mopd.student.frozen import build_frozen
 from mopd.student.model import StudentModel
 from mopd.student.scorer import ScoreOptions, score_texts
 from tests.dist.student.worlds import Layout, join

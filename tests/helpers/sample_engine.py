@@ -93,6 +93,7 @@ class Engine:
         self.worker.model.bias = options.bias
         self.running = 0
         self.pauses = 0
+        self.moves: list[str] = []  # sleep, wake_up
         columns = self.worker.model.packed.shape[0] + PADDING
         self.vllm_config = SimpleNamespace(
             parallel_config=SimpleNamespace(_api_process_count=options.processes),
@@ -125,6 +126,16 @@ class Engine:
     async def resume_generation(self) -> None:
         self._paused = False
 
+    async def sleep(self, *, level: int, mode: str) -> None:
+        """Drops its cache, and the weights from the device."""
+        assert (level, mode) == (1, "wait") and not self.running
+        self.moves.append("sleep")
+        self._cache.clear()
+
+    async def wake_up(self) -> bool:
+        self.moves.append("wake_up")
+        return True
+
     async def reset_prefix_cache(self) -> bool:
         if self.options.forgets:
             self._cache.clear()
@@ -135,6 +146,7 @@ class Engine:
     ) -> AsyncIterator[Any]:
         while self._paused:
             await asyncio.sleep(0.001)
+        assert self.moves[-1:] != ["sleep"], "it is asked while it sleeps"
         self.running += 1
         try:
             yield await self._output(prompt["prompt_token_ids"], params)

@@ -68,6 +68,21 @@ with StubServer(ModelScorer(model, vocab_size=size), options, host=host, port=po
     time.sleep(300)
 """
 
+# A real engine: `mopd serve` around transformers, with vLLM's words.
+SERVE = """#!{python}
+import json, os, sys
+
+sys.path.insert(0, {root!r})
+words = sys.argv[1:]
+with open(__file__ + ".starts", "a") as file:
+    told = {{"pid": os.getpid(), "child": os.getpid(), "words": words, "env": dict(os.environ)}}
+    file.write(json.dumps(told) + "\\n")
+from mopd.cli.main import main
+
+given = [word for name in ("--model", "--port") for word in (name, words[words.index(name) + 1])]
+sys.exit(main(["serve", "--token-env", "MOPD_SERVE_TOKEN", *given]))
+"""
+
 
 def small_server(directory: Path, *, script: str = SCRIPT) -> Path:
     """What takes an interpreter's place in a recipe."""

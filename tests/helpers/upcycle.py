@@ -1,4 +1,4 @@
-"""FirstCome a dense Qwen3 directory into a Qwen3-MoE that computes (nearly) the same function."""
+"""Turns a dense Qwen3 directory into a Qwen3-MoE that computes (nearly) the same function."""
 
 from __future__ import annotations
 

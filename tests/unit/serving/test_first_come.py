@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mopd.serving.first_come import NoTurnError, FirstCome
+from mopd.serving.first_come import FirstCome, NoTurnError
 
 
 def never() -> bool:
