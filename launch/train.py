@@ -1,5 +1,7 @@
 """The training entry: ``torchrun launch/train.py recipe=mopd_ctkd [key=value ...]``.
 
+With ``launcher=ray`` and plain python it starts the ranks itself, as actors (docs/ray.md).
+
 Exit codes: 0 trained, 1 the run failed or learned nothing, 2 the recipe cannot run,
 130 interrupted, 143 stopped by SIGTERM after a checkpoint.
 """
@@ -16,22 +18,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mopd.config import load_config
 from mopd.config.check import check_config
 from mopd.config.load import parse_arguments
+from mopd.config.schema import RunConfig
 from mopd.demo.fill import WorldFill
-from mopd.errors import ConfigError, DidNotLearnError, MopdError, Stopped
+from mopd.errors import ConfigError
+from mopd.runtime.demand import student_ranks
+from mopd.runtime.exits import ending_of
 
 INTERRUPTED = 130
-STOPPED = 143
 
 
 def main(argv: Sequence[str]) -> int:
     """Validates first, so that a mistake costs a second; loads torch and the models after that."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         recipe, overrides = parse_arguments(argv)
         fill = WorldFill(announce=is_main)
         config = load_config(recipe, overrides, fill=fill)
-        check_config(config, world_size=world_size)
+        check_config(config, world_size=_world_size(config))
     except ConfigError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
@@ -40,43 +43,42 @@ def main(argv: Sequence[str]) -> int:
         return INTERRUPTED
     if is_main and fill.announcement:
         print(fill.announcement)
+    if config.launcher == "ray":
+        from mopd.runtime.ray.launch import run_on_ray
 
-    try:
+        return run_on_ray(config, world=fill.world_name)
+    return _run_here(config, world=fill.world_name, is_main=is_main)
+
+
+def _world_size(config: RunConfig) -> int:
+    if config.launcher != "ray":
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" in os.environ:
+        raise ConfigError(
+            "launcher: ray starts the ranks itself; use `python launch/train.py`, without torchrun"
+        )
+    return student_ranks(config)
+
+
+def _run_here(config: RunConfig, *, world: str | None, is_main: bool) -> int:
+    """This process is one rank of the job, or the whole job."""
+
+    def work() -> None:
         from mopd.runtime.session import run_session
 
-        run_session(config, world=fill.world_name)
-    except (ConfigError, DidNotLearnError) as error:  # the main rank meets every one of them
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        if is_main:
-            print("interrupted: the same command continues from the last checkpoint")
-        return INTERRUPTED
-    except Stopped as error:
-        if is_main:
-            print(f"{error}; the same command continues", flush=True)
-        return STOPPED
-    except MopdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not _is_lost_rank(error):
-            raise
+        run_session(config, world=world)
+
+    ending = ending_of(work)
+    if ending.is_lost:
         print(
             f"error: rank {os.environ.get('RANK', '0')}: another rank ended, or its connection did;"
             " torchrun names the first one under `Root Cause`; the same command continues from the "
             "last checkpoint",
             file=sys.stderr,
         )
-        return 1
-    return 0
-
-
-def _is_lost_rank(error: RuntimeError) -> bool:
-    from mopd.student.parallel import is_lost_rank
-
-    return is_lost_rank(error)
+    elif ending.message and (is_main or ending.everywhere):
+        print(ending.message, file=sys.stderr if ending.is_error else sys.stdout, flush=True)
+    return ending.code
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class RaySection(Section):
     """`launcher: ray`. Engines are started again `backend.server.max_restarts` times."""
 
     address: str | None = None  # None: $RAY_ADDRESS, else a Ray of this host for this run
+    allow_unauthenticated: bool = False  # a cluster that lets anybody who reaches it run code
     start_s: PositiveFloat = 300.0  # how long the cluster may take to have every device free
     heartbeat_s: PositiveFloat = 5.0  # between two looks at an actor
     silent_s: PositiveFloat = 60.0  # an actor that does not answer so long counts as dead

@@ -25,8 +25,8 @@ from mopd.runtime.inside import InsideTeachers, build_engines
 from mopd.runtime.learned import learned_companions
 from mopd.runtime.parts import Tokenizers, build_head, load_pairs, load_tokenizers
 from mopd.runtime.payloads import Pair
+from mopd.runtime.reached import ServerSource
 from mopd.runtime.sampler import build_sampler
-from mopd.runtime.servers import Servers
 from mopd.runtime.student_turns import StudentTurns
 from mopd.runtime.teachers import build_pool
 from mopd.student.away import StudentState
@@ -64,27 +64,26 @@ class Run:
     heldout: list[Prompt]
     validation: list[Prompt]
     spans: Spans
-    servers: Servers
+    servers: ServerSource
     turns: StudentTurns
     finished: Callable[[], None] = lambda: None
     stop_asked: Callable[[], bool] = lambda: False
 
 
-def build_run(config: RunConfig) -> Run:
+def build_run(config: RunConfig, servers: ServerSource) -> Run:
     """Joins the process group and builds this rank's parts. Collective over all ranks.
 
     Raises:
         ConfigError: before any model is loaded where the data or a tokenizer is wrong.
     """
     with ExitStack() as opened:  # what a start that fails leaves behind
-        servers = Servers(config)
         opened.callback(servers.close)
         run = _build_run(config, servers, opened)
         opened.pop_all()
     return run
 
 
-def _build_run(config: RunConfig, servers: Servers, opened: ExitStack) -> Run:
+def _build_run(config: RunConfig, servers: ServerSource, opened: ExitStack) -> Run:
     backend = get_device(config.run.device)
     check_dtype(backend, config.student.dtype)
     torch.set_num_threads(config.run.threads or _threads_per_rank(config))

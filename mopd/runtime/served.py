@@ -19,6 +19,8 @@ from mopd.serving.vllm_command import (
     started_words,
 )
 
+FOLDER, IMPORTS = "servers", "python"  # in a run's directory: logs, and what they import
+
 
 def started_sections(config: RunConfig) -> dict[str, RemoteSection]:
     """Sections whose servers mopd starts, by their owner: rollout, teachers.math."""

@@ -9,12 +9,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from mopd.config.backends import RemoteSection
-from mopd.config.pools import ROLLOUT, teacher_owner
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 from mopd.runtime.nodes import (
@@ -25,17 +22,14 @@ from mopd.runtime.nodes import (
     seat_of,
     visible_devices,
 )
+from mopd.runtime.reached import KEY_VARIABLE, filled
 from mopd.runtime.replica import from_all, from_main
-from mopd.runtime.served import server_launch, started_sections
+from mopd.runtime.served import FOLDER, IMPORTS, server_launch, started_sections
 from mopd.serving.address import free_ports
 from mopd.serving.launch import ServerProcess, close_all, importable
 
-KEY_VARIABLE = "MOPD_SERVER_TOKEN"  # where the clients of these servers find their key
-FOLDER, IMPORTS = "servers", "python"  # in a run's directory: logs, and what they import
 JOURNAL = "journal"
 LOOK_S = 1.0
-
-SectionT = TypeVar("SectionT", bound=RemoteSection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +132,7 @@ class Servers:
             self._closed.wait(LOOK_S)
         os.environ[KEY_VARIABLE] = self._key
         urls = {key: url for one in states for key, url in one.urls.items()}
-        return _filled(
+        return filled(
             self._config,
             {
                 owner: tuple(urls[owner, number] for number in range(section.server.replicas))
@@ -185,7 +179,7 @@ def is_failed_start(directory: Path) -> bool:
         elif top == JOURNAL:
             known = path.stat().st_size == 0
         else:
-            known = path.parent == directory / FOLDER and path.suffix == ".log"
+            known = path.parent == directory / FOLDER and path.suffix in (".log", ".json")
         if not known and IMPORTS not in path.relative_to(directory).parts:
             return False
     return True
@@ -194,20 +188,3 @@ def is_failed_start(directory: Path) -> bool:
 def _say(message: str) -> None:
     with contextlib.suppress(OSError):  # nobody reads any more, and restarts go on
         print(message, flush=True)
-
-
-def _filled(config: RunConfig, urls: Mapping[str, tuple[str, ...]]) -> RunConfig:
-    """A copy whose started sections are those of servers that are running."""
-    rollout, teachers = config.rollout, dict(config.teachers)
-    if ROLLOUT in urls:
-        backend = _reached(rollout.backend, urls[ROLLOUT])
-        rollout = rollout.model_copy(update={"backend": backend})
-    for name, teacher in config.teachers.items():
-        if (owner := teacher_owner(name)) in urls:
-            backend = _reached(teacher.backend, urls[owner])
-            teachers[name] = teacher.model_copy(update={"backend": backend})
-    return config.model_copy(update={"rollout": rollout, "teachers": teachers})
-
-
-def _reached(section: SectionT, urls: tuple[str, ...]) -> SectionT:
-    return section.model_copy(update={"urls": urls, "api_key_env": KEY_VARIABLE})

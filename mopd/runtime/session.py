@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from mopd.metrics.sinks import JsonlSink, MultiSink, Sink, TensorBoardSink
 from mopd.metrics.summary import Summary, print_summary, write_summary
 from mopd.runtime.build import build_run
 from mopd.runtime.loop import refuse_if_not_learned, train
-from mopd.runtime.servers import is_failed_start
+from mopd.runtime.reached import ServerSource
+from mopd.runtime.servers import Servers, is_failed_start
 from mopd.runtime.signals import Interrupt
 from mopd.runtime.teachers import recognise
 from mopd.runtime.watchdog import Watchdog
@@ -53,11 +55,19 @@ _FREE = (
 )
 
 
-def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
+def run_session(
+    config: RunConfig,
+    *,
+    world: str | None,
+    servers: ServerSource | None = None,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> Summary | None:
     """Trains, or continues, the run ``run.name``; None when it is finished already.
 
     Args:
         world: digest of the embedded world, for the summary.
+        servers: where engines come from that the recipe has started; None: from this process.
+        stop_asked: beside SIGTERM, whether to end after the step that is under way.
     Raises:
         ConfigError: the directory holds a run with other settings.
         DidNotLearnError: after everything is written, or again for a finished run.
@@ -70,8 +80,8 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
     # with overwrite the main rank is deleting the old one: only it may look
     finished = (directory / "summary.json").exists()
     if finished and (is_main or not config.run.overwrite):
-        return _report_finished(directory, config, is_main=is_main)
-    run = build_run(config)
+        return report_finished(directory, config, is_main=is_main)
+    run = build_run(config, servers or Servers(config))
     if is_main:
         write_config(directory, config)
     sink = _sinks(config, directory) if is_main else MultiSink([])
@@ -82,7 +92,9 @@ def run_session(config: RunConfig, *, world: str | None) -> Summary | None:
         watchdog.feed()
         interrupt.check()
 
-    run = dataclasses.replace(run, finished=progress, stop_asked=lambda: interrupt.is_stopping)
+    run = dataclasses.replace(
+        run, finished=progress, stop_asked=lambda: interrupt.is_stopping or stop_asked()
+    )
     # Within `interrupt` to the end: torchrun tells the ranks beside a dead one to end, and they
     # are to say why they do. The others are closed in the reverse order, whichever of them fails.
     with interrupt, ExitStack() as opened:
@@ -126,7 +138,7 @@ def write_config(directory: Path, config: RunConfig) -> None:
     os.replace(temporary, directory / "config.yaml")
 
 
-def _report_finished(directory: Path, config: RunConfig, *, is_main: bool) -> None:
+def report_finished(directory: Path, config: RunConfig, *, is_main: bool) -> None:
     if is_main:
         print(
             f"{directory} is finished: see summary.json; run.overwrite=true trains it again, "

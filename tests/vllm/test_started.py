@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from mopd.demo import World
-from mopd.runtime.servers import KEY_VARIABLE
+from mopd.runtime.reached import KEY_VARIABLE
 from tests.helpers.runs import launch, step_lines, words
 from tests.helpers.started import RUN_SECONDS, running, servers_of, wait_for_steps
 from tests.helpers.vllm_server import MAX_MODEL_LEN, vllm_python

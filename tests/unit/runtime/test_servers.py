@@ -15,7 +15,8 @@ import pytest
 from mopd.config.schema import RunConfig
 from mopd.demo import World
 from mopd.errors import ConfigError
-from mopd.runtime.servers import KEY_VARIABLE, Servers
+from mopd.runtime.reached import KEY_VARIABLE
+from mopd.runtime.servers import Servers
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import ROOT, launch, step_lines, train_here, words
 from tests.helpers.small_server import (

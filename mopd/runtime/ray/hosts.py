@@ -1,0 +1,244 @@
+"""The driver's side of the engines: started, watched, started again at the same addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from mopd.config.pools import backends_of, shared_pool_of
+from mopd.config.schema import RunConfig
+from mopd.errors import ConfigError, MopdError
+from mopd.runtime.exits import Ending
+from mopd.runtime.placement import Slot
+from mopd.runtime.ray.berths import RESOURCES, resources
+from mopd.runtime.ray.cluster import Reserved, node_addresses
+from mopd.runtime.ray.host import EngineHost, HostEngine, HostJob, News
+from mopd.runtime.ray.rank import Place
+from mopd.runtime.ray.watched import Gone, Watched, is_done, value_of
+from mopd.serving.address import LOOPBACK, base_url
+
+NEWS_PAUSE_S = 1.0
+CLOSE_S = 30.0
+
+Say = Callable[[str], None]
+
+
+class Moved(MopdError):
+    """Engines came back at other addresses than the student knows."""
+
+
+@dataclass(slots=True)
+class _Host:
+    """One berth's engines."""
+
+    reserved: Reserved
+    name: str
+    watched: Watched[News] | None = None
+    address: str = ""
+    ports: tuple[int, ...] = ()
+    pids: list[int] = field(default_factory=list)
+    restarts: int = 0
+    is_ready: bool = False
+    is_over: bool = False
+
+
+class Hosts:
+    """Every engine of a run.
+
+    Args:
+        directory: what relative paths of the recipe are relative to.
+        devices: ids of the accelerators of the student's berths, by slot; engines that share them
+            see these.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        reserved: Sequence[Reserved],
+        *,
+        directory: str,
+        key: str,
+        devices: Mapping[Slot, str],
+        say: Say,
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._key = key
+        self._devices = devices
+        self._say = say
+        self._hosts = [
+            _Host(one, ", ".join(dict.fromkeys(m.owner for m in one.berth.engines)))
+            for one in reserved
+            if one.berth.engines
+        ]
+
+    @property
+    def watched(self) -> list[Watched[News]]:
+        return [host.watched for host in self._hosts if host.watched is not None]
+
+    @property
+    def urls(self) -> dict[str, tuple[str, ...]]:
+        """By owner, in the order of the replicas."""
+        found: dict[str, dict[int, str]] = {}
+        for host in self._hosts:
+            for member, port in zip(host.reserved.berth.engines, host.ports, strict=True):
+                url = base_url(host.address, port)
+                found.setdefault(member.owner, {})[member.number] = url
+        return {owner: tuple(urls[n] for n in sorted(urls)) for owner, urls in found.items()}
+
+    @property
+    def processes(self) -> dict[str, list[str | int]]:
+        """Address and process id by what is in it."""
+        return {
+            f"{host.name} {number}": [host.address, host.pids[-1]]
+            for number, host in enumerate(self._hosts)
+        }
+
+    def start(self) -> None:
+        """Begins to load all of them side by side, and does not wait for that."""
+        for host in self._hosts:
+            self._spawn(host)
+
+    def _spawn(self, host: _Host) -> None:
+        actor = self._actor(host.reserved)
+        ray_section = self._config.ray
+        host.watched = Watched(
+            host.name, actor, pause_s=NEWS_PAUSE_S, silent_s=ray_section.silent_s
+        )
+        place: Place = value_of(actor.place.remote(), name=host.name, timeout_s=ray_section.start_s)
+        address = _bound(place.address)
+        if address != host.address:
+            host.address = address
+            count = len(host.reserved.berth.engines)
+            found = value_of(actor.ports.remote(address, count), name=host.name)
+            host.ports = tuple(found)
+        host.watched.begin(actor.serve.remote(self._job(host, place)))
+        host.pids.append(place.pid)
+        host.is_ready = False
+
+    def _actor(self, reserved: Reserved) -> Any:
+        berth = reserved.berth
+        beside = bool(berth.ranks)  # whose devices they take turns with
+        has = {} if beside else resources(berth.device, len(berth.slots))
+        return (
+            ray.remote(EngineHost)
+            .options(
+                num_cpus=has.get("CPU", 0.0),
+                num_gpus=has.get("GPU", 0.0),
+                resources={"NPU": has["NPU"]} if "NPU" in has else None,
+                max_concurrency=4,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    reserved.group, placement_group_bundle_index=reserved.bundle
+                ),
+            )
+            .remote(self._directory)
+        )
+
+    def _job(self, host: _Host, place: Place) -> HostJob:
+        berth, config = host.reserved.berth, self._config
+        devices = place.devices
+        if berth.ranks and RESOURCES[berth.device] is not None:
+            devices = tuple(self._devices[slot] for slot in berth.slots)
+        shared = {shared_pool_of(config, member.owner) for member in berth.engines}
+        engines = tuple(
+            HostEngine(
+                owner=member.owner,
+                number=member.number,
+                port=port,
+                devices=tuple(berth.slots.index(slot) for slot in member.slots),
+            )
+            for member, port in zip(berth.engines, host.ports, strict=True)
+        )
+        return HostJob(
+            config=config,
+            run_directory=Path(config.run.dir) / config.run.name,
+            address=host.address,
+            key=self._key,
+            device=berth.device,
+            devices=devices,
+            engines=engines,
+            pool=next(iter(shared)),
+            earlier=tuple(host.pids),
+        )
+
+    def poll(self) -> None:
+        """Prints their news, and starts again whoever died.
+
+        Raises:
+            ConfigError: one cannot be started at all.
+            Moved: one came back on another node.
+        """
+        for host in self._hosts:
+            if host.watched is None or host.is_over:
+                continue
+            try:
+                self._look(host, host.watched)
+            except Gone as error:
+                self._again(host, str(error))
+            except RayError as error:  # a mistake of ours inside the actor
+                self._again(host, f"{host.name} failed: {_last_line(error)}")
+
+    def _look(self, host: _Host, watched: Watched[News]) -> None:
+        if is_done(watched.work):
+            ending: Ending = watched.result()
+            host.is_over = True
+            if ending.code == 2:
+                raise ConfigError(ending.message.removeprefix("error: "))
+            self._say(f"{host.name}: {ending.message or 'ended'}")
+            return
+        news = watched.look()
+        if news is None:
+            return
+        for _, line in news.lines:
+            self._say(f"{host.name}: {line}" if host.name not in line else line)
+        if news.is_ready and not host.is_ready:
+            host.is_ready = True
+            self._say(f"{host.name}: ready")
+
+    def _again(self, host: _Host, why: str) -> None:
+        assert host.watched is not None
+        host.watched.kill()
+        owners = {member.owner for member in host.reserved.berth.engines}
+        backends = backends_of(self._config)
+        most = max(backends[owner].server.max_restarts for owner in owners)
+        if host.restarts == most:
+            host.is_over = True
+            key = sorted(owners)[0]
+            self._say(
+                f"{why} and stays away after {most} restarts; see {key}.backend.server.max_restarts"
+            )
+            return
+        host.restarts += 1
+        self._say(f"{why}: starting it again, {host.restarts} of {most}")
+        before = host.address
+        self._spawn(host)
+        if host.address != before:
+            raise Moved(f"{host.name} is on another node now")
+
+    def close(self) -> None:
+        """They end what they started before they are ended themselves."""
+        alive = [one for one in self.watched if one.work is not None and not is_done(one.work)]
+        for one in alive:
+            one.actor.close.remote()
+        ray.wait(
+            [one.work for one in alive], num_returns=len(alive), timeout=CLOSE_S
+        ) if alive else None
+        for one in self.watched:
+            one.kill()
+
+
+def _bound(address: str) -> str:
+    """The loopback where no other node has to reach it."""
+    return LOOPBACK if len(node_addresses()) == 1 else address
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,75 @@
+"""What an actor prints, kept until the driver asks for it: Ray's own way loses the last lines."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+from collections import deque
+from typing import TextIO
+
+MAX_LINES = 10_000  # that wait to be asked for; the oldest go
+
+Line = tuple[bool, str]  # whether it is an error, and the text
+
+
+class Relay(io.TextIOBase):
+    """In place of sys.stdout or sys.stderr: whole lines go to ``lines`` and to ``beneath``."""
+
+    def __init__(self, lines: deque[Line], beneath: TextIO, *, is_error: bool) -> None:
+        self._lines = lines
+        self._beneath = beneath
+        self._is_error = is_error
+        self._rest = ""
+        self._lock = threading.Lock()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            *whole, self._rest = (self._rest + text).split("\n")
+            self._lines.extend((self._is_error, line) for line in whole)
+        self._beneath.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._beneath.flush()
+
+    def fileno(self) -> int:
+        """Of the file beneath: for faulthandler, which writes past this object."""
+        return self._beneath.fileno()
+
+
+class Printed:
+    """Both streams of this process, from now on."""
+
+    def __init__(self) -> None:
+        self._lines: deque[Line] = deque(maxlen=MAX_LINES)
+        sys.stdout = Relay(self._lines, sys.stdout, is_error=False)
+        sys.stderr = Relay(self._lines, sys.stderr, is_error=True)
+
+    def take(self) -> list[Line]:
+        """The lines since the last call."""
+        found = []
+        while self._lines:
+            found.append(self._lines.popleft())
+        return found
+
+
+def enter(directory: str) -> None:
+    """Relative paths of a recipe mean the driver's folder.
+
+    Raises:
+        ConfigError: this node does not have it.
+    """
+    from mopd.errors import ConfigError
+
+    try:
+        os.chdir(directory)
+    except OSError as error:
+        raise ConfigError(
+            f"launcher: {directory} is not on every node ({error.strerror}); start from a shared "
+            "folder"
+        ) from error

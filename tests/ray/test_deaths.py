@@ -1,0 +1,90 @@
+"""SIGKILL of a teacher's actor, the sampler's and a rank in one run: it ends as if undisturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mopd.demo import World
+from tests.helpers.ray_runs import none_left, processes, wait_for_step, words
+from tests.helpers.runs import launch, start, step_lines, summary
+
+pytestmark = [pytest.mark.ray, pytest.mark.e2e]
+
+STEPS, INTERVAL = 12, 4
+VICTIMS = {2: "teachers.sort", 5: "rollout", 9: "rank 1"}  # after so many steps
+
+
+def _words(world: World, directory: Path, name: str, address: str) -> list[str]:
+    return words(
+        world,
+        directory,
+        name,
+        address=address,
+        train__steps=STEPS,
+        checkpoint__save_interval=INTERVAL,
+        rollout__pool="rollout",
+        evaluate__teachers="false",
+    )
+
+
+def _kill(run: Path, victim: str) -> None:
+    pid = next(pid for name, pid in processes(run).items() if name.startswith(victim))
+    os.kill(pid, signal.SIGKILL)
+
+
+def _counted(run: Path) -> list[dict[str, object]]:
+    """Step lines without what a restart is allowed to change: how often somebody was asked."""
+    return [
+        {key: value for key, value in line.items() if not key.startswith(("events/", "rescored/"))}
+        for line in step_lines(run)
+    ]
+
+
+@pytest.mark.timeout(600)
+def test_a_run_survives_every_kind_of_actor(
+    tiny_world: World, ray_address: str, tmp_path: Path
+) -> None:
+    clean = launch("mopd_ctkd", _words(tiny_world, tmp_path, "clean", ray_address))
+    assert clean.returncode == 0, clean.stderr
+    run = tmp_path / "killed"
+    process = start("mopd_ctkd", _words(tiny_world, tmp_path, "killed", ray_address))
+    met: set[int] = set()
+    try:
+        for step, victim in VICTIMS.items():
+            wait_for_step(run, step, process, seconds=120)
+            met |= set(processes(run).values())
+            _kill(run, victim)
+        _, said = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    met |= set(processes(run).values())
+    assert len(met) >= 4 + 2 + 2  # two ranks twice, one teacher and the sampler twice, one once
+    assert _counted(run) == _counted(tmp_path / "clean")
+    assert summary(run)["answers"] == summary(tmp_path / "clean")["answers"]
+    assert summary(run)["domains"] == summary(tmp_path / "clean")["domains"]
+    assert none_left(sorted(met))
+
+
+@pytest.mark.timeout(300)
+def test_sigterm_saves_and_the_same_command_continues(
+    tiny_world: World, ray_address: str, tmp_path: Path
+) -> None:
+    overrides = words(
+        tiny_world,
+        tmp_path,
+        "stopped",
+        address=ray_address,
+        train__steps=40,
+        checkpoint__save_interval=100,
+    )
+    process = start("mopd_ctkd", overrides)
+    wait_for_step(tmp_path / "stopped", 2, process, seconds=120)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
