@@ -9,7 +9,7 @@ from mopd.config.check_servers import REMOTE_KEYS, check_reached, unread
 from mopd.config.schema import RunConfig
 
 SERVER_KEYS = (*REMOTE_KEYS, "weight_sync", "sync_dir")
-WRITERS = ("hf", "vllm", "custom")  # teachers that write answers, or may
+WRITERS = ("hf", "vllm", "mopd", "custom")  # teachers that write answers, or may
 LOWEST_TEMPERATURE = 0.01  # of vLLM, which raises what is below
 
 
@@ -90,6 +90,6 @@ def _authors(config: RunConfig) -> Iterator[str]:
         return
     if not any(t.backend.type in WRITERS for t in config.teachers.values() if t.weight > 0):
         yield (
-            "rollout.off_policy=teacher: no teacher can write an answer; give one backend.type hf "
-            "or vllm, or take off_policy=dataset"
+            "rollout.off_policy=teacher: no teacher can write an answer; give one backend.type "
+            "hf, vllm or mopd, or take off_policy=dataset"
         )

@@ -198,7 +198,7 @@ def _remote(
     )
     endpoints = [Endpoint(url, options) for url in backend.urls]
     try:
-        kind = WritingTeacher if backend.type == "vllm" else RemoteTeacher
+        kind = WritingTeacher if backend.type in ("vllm", "mopd") else RemoteTeacher
         return kind(
             name,
             Replicas(name, endpoints, options=retry, seed=config.run.seed),

@@ -1,4 +1,4 @@
-"""Texts that a vLLM server writes: one prompt a request, token ids in and out."""
+"""Texts that servers write: token ids in and out, by the path that vLLM has for it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ BYTES_PER_TOKEN = 256  # of a reply, at most: an id and the text of a token
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """An answer that is wanted. ``seed`` decides its draw, as far as the server's engine can."""
+    """Answers that are wanted, one a prompt.
 
-    prompt_ids: np.ndarray  # [P]
+    ``seed`` decides their draw, as far as the server's engine can; vLLM seeds a request and not
+    its prompts, so answers that are drawn are asked for one by one.
+    """
+
+    prompts: tuple[np.ndarray, ...]  # [P] each
     seed: int
     max_new_tokens: int
     temperature: float
     eos_id: int
 
-    def body(self, model: str) -> bytes:
+    def body(self, model: str | None) -> bytes:
+        """``model`` is the name that the server lists; None takes its only one."""
+        prompts = [ids.tolist() for ids in self.prompts]
         wanted: dict[str, Any] = {
-            "model": model,
-            "prompt": self.prompt_ids.tolist(),
+            "prompt": prompts if len(prompts) > 1 else prompts[0],
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "seed": self.seed,
@@ -33,25 +38,34 @@ class Draft:
             "add_special_tokens": False,
             "return_token_ids": True,
         }
+        if model is not None:
+            wanted["model"] = model
         return msgspec.json.encode(wanted)
 
     @property
     def max_bytes(self) -> int:
-        return (1 << 16) + BYTES_PER_TOKEN * (len(self.prompt_ids) + self.max_new_tokens)
+        tokens = sum(len(ids) + self.max_new_tokens for ids in self.prompts)
+        return (1 << 16) * len(self.prompts) + BYTES_PER_TOKEN * tokens
 
-    def read(self, body: bytes) -> tuple[np.ndarray, bool]:
-        """[S] ids without the end of the turn, and whether it was reached.
+    def read(self, body: bytes) -> list[tuple[np.ndarray, bool]]:
+        """Per prompt [S] ids without the end of the turn, and whether it was reached.
 
         Raises:
             ValueError: not a reply of this shape.
         """
         try:
-            (choice,) = msgspec.json.decode(body, type=_Reply).choices
+            choices = msgspec.json.decode(body, type=_Reply).choices
         except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
             raise ValueError(str(error)) from error
-        if choice.token_ids is None:
+        choices.sort(key=lambda choice: choice.index)
+        if [choice.index for choice in choices] != list(range(len(self.prompts))):
+            raise ValueError(f"{len(self.prompts)} answers were asked for")
+        return [self._cut(choice.token_ids) for choice in choices]
+
+    def _cut(self, found: list[int] | None) -> tuple[np.ndarray, bool]:
+        if found is None:
             raise ValueError("the reply has no token ids; take a vLLM with return_token_ids")
-        ids = np.array(choice.token_ids, dtype=np.int64)
+        ids = np.array(found, dtype=np.int64)
         if len(ids) > self.max_new_tokens or (ids < 0).any():
             raise ValueError("more tokens than were asked for, or an id below 0")
         ends = np.flatnonzero(ids == self.eos_id)
@@ -59,6 +73,7 @@ class Draft:
 
 
 class _Choice(msgspec.Struct):
+    index: int = 0
     token_ids: list[int] | None = None
 
 

@@ -191,16 +191,17 @@ class Endpoint:
             await self.verify()
         return reply
 
-    async def write(self, draft: Draft) -> tuple[np.ndarray, bool]:
-        """A text [S] in ids, and whether its turn ended. For vLLM servers.
+    async def write(self, draft: Draft) -> list[tuple[np.ndarray, bool]]:
+        """Per prompt a text [S] in ids, and whether its turn ended. For vLLM and `mopd serve`.
 
         Raises:
             RetryableError, RefusedError, BadReplyError, and what ``probe`` raises.
         """
         if self._unverified():
             await self.verify()
+        name = None if self.protocol.is_identity else self.model
         body = await self._http.request(
-            "POST", drafts.PATH, draft.body(self.model), max_bytes=draft.max_bytes
+            "POST", drafts.PATH, draft.body(name), max_bytes=draft.max_bytes
         )
         if self._http.reconnected:
             await self.verify()

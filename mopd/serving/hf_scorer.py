@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mopd.serving.completions import CompletionRequest
+from mopd.serving.generation import decode, sampling_stream
 from mopd.serving.hf_turns import TurnTakingModel
 from mopd.serving.lease import DeviceLease
 from mopd.serving.models import model_fingerprint
@@ -51,6 +54,30 @@ class TransformersScorer:
             ]
         return join_rows(parts)
 
+    def write(self, request: CompletionRequest, *, gone: Callable[[], bool]) -> list[np.ndarray]:
+        """Per prompt the ids of an answer, with the one that ended it.
+
+        Raises:
+            AbandonedError: ``gone`` was true, which is asked before every token.
+            LeaseTimeout: the device did not come free in time.
+        """
+        streams = [
+            sampling_stream(f"{request.seed}|{i}", request.max_tokens)
+            for i in range(len(request.prompts))
+        ]
+        with self._taking_turns.turn(), self._lock:
+            tokens, _ = decode(
+                self._model,
+                request.prompts,
+                ends=request.stop_ids,
+                vocab_size=self.limits.vocab_size,
+                max_new_tokens=request.max_tokens,
+                temperature=request.temperature or 1.0,
+                streams=streams if request.temperature else None,
+                is_abandoned=gone,
+            )
+        return [_ended(row, request.stop_ids) for row in tokens]
+
     def close(self) -> None:
         """Lets go of a shared device."""
         self._taking_turns.close()
@@ -74,3 +101,8 @@ class TransformersScorer:
             top_k=request.top_k,
             temperature=request.temperature,
         )
+
+
+def _ended(ids: np.ndarray, ends: tuple[int, ...]) -> np.ndarray:
+    found = np.flatnonzero(np.isin(ids, ends))
+    return ids[: found[0] + 1] if len(found) else ids

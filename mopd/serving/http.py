@@ -25,7 +25,10 @@ MAX_AFTER_S = 30  # of a server's own wish; a longer one is not waited for
 
 
 class ServerError(MopdError, RuntimeError):
-    """A request that brought nothing; ``reason`` is one word to count by."""
+    """A request that brought nothing; ``reason`` is one word to count by, ``status`` HTTP's, where
+    there was an answer."""
+
+    status: int | None = None
 
     def __init__(self, server: str, reason: str, message: str) -> None:
         super().__init__(server, reason, message)
@@ -38,12 +41,10 @@ class ServerError(MopdError, RuntimeError):
 class RetryableError(ServerError):
     """No connection, a reset, a deadline, 429 or 5xx: another try or replica may do better.
 
-    ``after_s``: how long the server wants to be left alone, where it says so; ``status``: HTTP's,
-    where there was an answer.
+    ``after_s``: how long the server wants to be left alone, where it says so.
     """
 
     after_s: float = 0.0
-    status: int | None = None
 
 
 class RefusedError(ServerError):
@@ -201,9 +202,10 @@ class HttpServer:
                     raise BadReplyError(self.url, "size", f"the reply exceeds {max_bytes} bytes")
         try:
             self._check_status(response.status_code, path, bytes(received))
-        except RetryableError as error:
-            error.after_s = _seconds(response.headers.get("retry-after", ""))
+        except ServerError as error:
             error.status = response.status_code
+            if isinstance(error, RetryableError):
+                error.after_s = _seconds(response.headers.get("retry-after", ""))
             raise
         return bytes(received)
 

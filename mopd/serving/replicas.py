@@ -158,14 +158,14 @@ class Replicas:
             room -= size
         return groups
 
-    def write(self, drafts: Sequence[Draft]) -> list[tuple[np.ndarray, bool]]:
-        """Per draft, in order: the ids of its text, and whether its turn ended.
+    def write(self, drafts: Sequence[Draft]) -> list[list[tuple[np.ndarray, bool]]]:
+        """Per draft and prompt, in order: the ids of its text, and whether its turn ended.
 
         Raises:
             TeacherError: as `score`, and where a draft is refused.
         """
 
-        async def one(draft: Draft) -> tuple[np.ndarray, bool]:
+        async def one(draft: Draft) -> list[tuple[np.ndarray, bool]]:
             try:
                 return await self._tries(lambda endpoint: endpoint.write(draft))
             except (BadReplyError, RefusedError) as error:

@@ -9,8 +9,16 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
+from mopd.serving.completions import (
+    COMPLETIONS_PATH,
+    CompletionRequest,
+    encode_completion,
+    read_completion,
+)
 from mopd.serving.generation import AbandonedError
 from mopd.serving.lease import LeaseTimeout
 from mopd.serving.sampling import METHODS
@@ -19,6 +27,7 @@ from mopd.serving.scoring import (
     MODEL_PATH,
     SCORE_PATH,
     RequestError,
+    ScoreLimits,
     Scorer,
     check_exposure,
     is_authorised,
@@ -32,6 +41,7 @@ CLOSE_SECONDS = 10.0  # for what is under way when a server is closed
 POLL_SECONDS = 0.05
 JSON = "application/json"
 SCORING = {SCORE_PATH: ("POST",), MODEL_PATH: ("GET",)}
+WRITING = {COMPLETIONS_PATH: ("POST",)}
 
 Gone = Callable[[], bool]
 Answer = tuple[str, list[bytes]]  # content type, parts of the body
@@ -43,6 +53,18 @@ class Sampling(Protocol):
     def answer(self, path: str, method: str, body: bytes, *, gone: Gone, closing: Gone) -> bytes:
         """The JSON of a 200 answer; raises RequestError, and AbandonedError where the client is
         ``gone``."""
+        ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A scorer that answers prompts as well."""
+
+    fingerprint: str
+    limits: ScoreLimits
+
+    def write(self, request: CompletionRequest, *, gone: Gone) -> list[np.ndarray]:
+        """Per prompt the ids of an answer; raises AbandonedError where the client is ``gone``."""
         ...
 
 
@@ -77,6 +99,7 @@ class ScoreServer(ThreadingHTTPServer):
         self.methods: dict[str, tuple[str, ...]] = {
             HEALTH_PATH: ("GET",),
             **(SCORING if scorer is not None else {}),
+            **(WRITING if isinstance(scorer, Writer) else {}),
             **(METHODS if sampler is not None else {}),
         }
         self._on_close = on_close
@@ -197,7 +220,15 @@ class _Handler(BaseHTTPRequestHandler):
         assert server.scorer is not None
         if self.path == MODEL_PATH:
             return JSON, [json.dumps(_model(server.scorer)).encode()]
+        if self.path == COMPLETIONS_PATH:
+            assert isinstance(server.scorer, Writer)
+            return JSON, [self._written(server.scorer)]
         return self._scored(server.scorer)
+
+    def _written(self, writer: Writer) -> bytes:
+        request = read_completion(self._body(), limits=writer.limits)
+        answers = writer.write(request, gone=self._is_gone)
+        return encode_completion(writer.fingerprint, answers)
 
     def _scored(self, scorer: Scorer) -> Answer:
         request = read_request(self._body(), limits=scorer.limits)

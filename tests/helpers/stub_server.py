@@ -64,6 +64,7 @@ class StubOptions:
     token_ids: bool = True  # echoes the ids, as newer servers do
     generate: bool = False  # /inference/v1/generate, as with vLLM's --enable-scale-out
     lists_models: bool = True  # /v1/models
+    written_status: int = 200  # of texts that it is to write
     fault: Callable[[int, dict[str, Any]], Fault | None] = field(default=lambda number, body: None)
 
 
@@ -167,6 +168,9 @@ class StubServer:
                 return True
             asked = json.loads(body)
             if asked.get("seed") is not None:
+                if self.options.written_status != 200:
+                    await send_json(writer, {"error": "no"}, status=self.options.written_status)
+                    return True
                 reply = self._written(asked)
                 said = partial(send_json, writer, reply)
                 return await self._answer(writer, asked, headers, reply, said)
@@ -248,9 +252,19 @@ class StubServer:
         return await self._answer(writer, json.loads(body), headers, message, answer)
 
     def _written(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """A text drawn token by token, or greedy at temperature 0."""
+        """Texts drawn token by token, or greedy at temperature 0; one seed for a request."""
+        prompt = asked["prompt"]
+        prompts = prompt if isinstance(prompt[0], list) else [prompt]
+        choices = [
+            {"index": index, "token_ids": self._text(ids, asked)}
+            for index, ids in enumerate(prompts)
+        ]
+        # in the order in which they were done, as a server may
+        return {"model": self.options.model, "choices": choices[::-1]}
+
+    def _text(self, ids: list[int], asked: dict[str, Any]) -> list[int]:
         random = np.random.default_rng(asked["seed"])
-        ids, found = list(asked["prompt"]), []
+        found: list[int] = []
         while len(found) < asked["max_tokens"] and not (
             found and found[-1] in asked["stop_token_ids"]
         ):
@@ -260,7 +274,7 @@ class StubServer:
             else:
                 chances = np.exp((row - row.max()) / asked["temperature"])
                 found.append(int(random.choice(len(row), p=chances / chances.sum())))
-        return {"model": self.options.model, "choices": [{"index": 0, "token_ids": found}]}
+        return found
 
     async def _lists(
         self,

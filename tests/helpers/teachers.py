@@ -67,7 +67,7 @@ def remote_teacher(
         options=RetryOptions(max_outstanding=options.max_outstanding, **again),
         seed=0,
     )
-    return (WritingTeacher if shape == "vllm" else RemoteTeacher)(
+    return (WritingTeacher if shape in ("vllm", "mopd") else RemoteTeacher)(
         "sort",
         replicas,
         tokenizer=tokenizer,

@@ -37,9 +37,9 @@ def _kill(run: Path, victim: str) -> None:
 
 
 def _counted(run: Path) -> list[dict[str, object]]:
-    """Step lines without what a restart is allowed to change: how often somebody was asked."""
+    """Step lines without the requests that failed and were tried again."""
     return [
-        {key: value for key, value in line.items() if not key.startswith(("events/", "rescored/"))}
+        {key: value for key, value in line.items() if not key.startswith("requests/")}
         for line in step_lines(run)
     ]
 

@@ -121,7 +121,9 @@ def test_the_door(scorer: TransformersScorer) -> None:
     [
         ("GET", SCORE_PATH, {}, 405),
         ("POST", MODEL_PATH, {}, 405),
-        ("POST", "/v1/completions", {}, 404),
+        ("POST", "/v1/completions", {}, 400),
+        ("GET", "/v1/completions", {}, 405),
+        ("POST", "/v1/models", {}, 404),
         ("POST", SCORE_PATH, {"Content-Length": "-1"}, 411),
         ("POST", SCORE_PATH, {"Content-Length": "1" * 400}, 411),
         ("POST", SCORE_PATH, {"Content-Length": str(MAX_BODY_BYTES + 1)}, 413),

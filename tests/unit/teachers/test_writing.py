@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mopd.demo import World
+from mopd.errors import TeacherError
 from mopd.serving.drafts import Draft
+from mopd.serving.hf_server import open_server
 from mopd.teachers.base import Teacher, Writer
 from mopd.teachers.hf import HfOptions, HfTeacher
 from mopd.tokens.chat import ChatTokenizer
@@ -117,6 +119,50 @@ def test_behind_a_stub_server(
         teacher.close()
 
 
+def test_behind_a_server_around_transformers(
+    tiny_world: World, near: HfTeacher, student: ChatTokenizer, tokenizer: ChatTokenizer
+) -> None:
+    server = open_server(
+        tiny_world.teachers["sort"],
+        host="127.0.0.1",
+        port=0,
+        token=None,
+        device=torch.device("cpu"),
+        samples=False,
+        scores=True,
+    )
+    server.start()
+    teacher = remote_teacher([server.url], tokenizer=tokenizer, student=student, shape="mopd")
+    try:
+        check_writer(teacher, near)
+    finally:
+        teacher.close()
+        server.close()
+
+
+def test_a_server_that_only_scores_has_no_accuracy(
+    student: ChatTokenizer, tokenizer: ChatTokenizer, serve: Callable[..., StubServer]
+) -> None:
+    """Other failures of writing are told."""
+    teacher = remote_teacher([serve().url], tokenizer=tokenizer, student=student, shape="mopd")
+    asked = prompts(["1"])
+    try:
+        assert teacher.accuracy(asked, max_new_tokens=LIMIT) is not None
+        for status, wanted in ((404, None), (400, TeacherError)):
+            server = serve(written_status=status)
+            other = remote_teacher([server.url], tokenizer=tokenizer, student=student, shape="mopd")
+            try:
+                if wanted is None:
+                    assert other.accuracy(asked, max_new_tokens=LIMIT) is None
+                else:
+                    with pytest.raises(wanted):
+                        other.accuracy(asked, max_new_tokens=LIMIT)
+            finally:
+                other.close()
+    finally:
+        teacher.close()
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_behind_a_real_server(
@@ -140,13 +186,14 @@ def test_behind_a_real_server(
         (b'{"choices": [{"token_ids": [1, 2, 3, 4]}]}', "more tokens"),
         (b'{"choices": [{"token_ids": [1, -2]}]}', "below 0"),
         (b'{"choices": [{}]}', "no token ids"),
-        (b'{"choices": []}', "unpack"),
+        (b'{"choices": []}', "1 answers were asked for"),
+        (b'{"choices": [{"index": 1, "token_ids": [1]}]}', "1 answers were asked for"),
         (b"[" * 10000, "."),
     ],
 )
 def test_replies_of_another_shape(tokenizer: ChatTokenizer, reply: bytes, message: str) -> None:
     draft = Draft(
-        prompt_ids=tokenizer.prompt_ids(ASKED[0].messages),
+        prompts=(tokenizer.prompt_ids(ASKED[0].messages),),
         seed=1,
         max_new_tokens=3,
         temperature=1.0,
@@ -158,13 +205,13 @@ def test_replies_of_another_shape(tokenizer: ChatTokenizer, reply: bytes, messag
 
 def test_a_text_ends_before_the_end_of_the_turn(tokenizer: ChatTokenizer) -> None:
     draft = Draft(
-        prompt_ids=tokenizer.prompt_ids(ASKED[0].messages),
+        prompts=(tokenizer.prompt_ids(ASKED[0].messages),),
         seed=1,
         max_new_tokens=3,
         temperature=1.0,
         eos_id=9,
     )
-    ids, stopped = draft.read(b'{"choices": [{"token_ids": [1, 9, 4]}]}')
+    ((ids, stopped),) = draft.read(b'{"choices": [{"token_ids": [1, 9, 4]}]}')
     assert ids.tolist() == [1] and stopped
-    ids, stopped = draft.read(b'{"choices": [{"token_ids": [1, 8, 4]}]}')
+    ((ids, stopped),) = draft.read(b'{"choices": [{"token_ids": [1, 8, 4]}]}')
     assert ids.tolist() == [1, 8, 4] and not stopped
