@@ -47,9 +47,7 @@ def read_completion(body: bytes, *, limits: ScoreLimits) -> CompletionRequest:
     size, temperature = fields["max_tokens"], fields["temperature"]
     if type(size) is not int or not 1 <= size <= limits.max_length:
         raise RequestError(f"max_tokens: an integer from 1 to {limits.max_length}")
-    if type(temperature) not in (int, float) or not (
-        temperature == 0 or 1e-3 <= temperature <= 1e3
-    ):
+    if type(temperature) not in (int, float) or not 0 <= temperature <= 1e3:
         raise RequestError("temperature: between 0 and 1000")
     if type(fields["seed"]) is not int or not 0 <= fields["seed"] < 1 << 63:
         raise RequestError("seed: an integer from 0 to 2^63 - 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from mopd.runtime.ray.berths import RESOURCES, Berth, asked, berths_of
 from mopd.serving.address import is_loopback
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[3]
+CONNECT_S = 10.0
 OLDEST = Version("2.52")  # the first one with token authentication
 
 
@@ -45,6 +47,7 @@ def join(address: str) -> None:
     Raises:
         ConfigError: it cannot be reached.
     """
+    _refuse_nobody(address)
     # Ray's own printing would come twice and late: actors keep their lines (relay.py)
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
@@ -58,6 +61,24 @@ def join(address: str) -> None:
         raise ConfigError(
             f"ray.address: {address} cannot be joined ({str(error).splitlines()[0]}); start the "
             "cluster (launch/ray/), or leave the address out for one of this host"
+        ) from error
+
+
+def _refuse_nobody(address: str) -> None:
+    """Ray itself would try for minutes where nobody listens."""
+    host, separator, port = address.rpartition(":")
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"ray.address: {address} is Ray's client port; give that of the head, as in HOST:6379"
+        )
+    if not separator or not port.isdigit():
+        return  # as in `auto`
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"ray.address: {address} cannot be joined ({error}); start the cluster (launch/ray/), "
+            "or leave the address out for one of this host"
         ) from error
 
 
