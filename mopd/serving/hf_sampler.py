@@ -73,9 +73,13 @@ class TransformersSampler:
         self._shared = TurnTakingModel(model_dir, device=device, lease=lease)
         self._model = self._shared.model
         self._device = device
-        with self._first_turn():
-            self._shapes = {name: tuple(t.shape) for name, t in _named(self._model).items()}
-            self._bytes_per_token = _bytes_per_token(self._model, device)
+        try:
+            with self._first_turn():
+                self._shapes = {name: tuple(t.shape) for name, t in _named(self._model).items()}
+                self._bytes_per_token = _bytes_per_token(self._model, device)
+        except BaseException:
+            self._shared.close()
+            raise
         config = self._model.config
         self._facts = EngineFacts(
             version=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -38,25 +39,21 @@ def open_server(
         ConfigError: an open door, an address that is taken, or no model.
     """
     check_exposure(host, token=token)  # before a model is loaded for nothing
-    scorer = TransformersScorer(model_dir, device=device, lease=lease) if scores else None
-    sampler = None
-    if samples:
-        own = None if lease is None else DeviceLease(lease.path, owner=lease.owner)
-        sampler = TransformersSampler(model_dir, device=device, lease=own)
-    engines = [engine for engine in (scorer, sampler) if engine is not None]
-    try:
-        return ScoreServer(
-            host,
-            port,
-            scorer=scorer,
-            sampler=sampler,
-            token=token,
-            on_close=[engine.close for engine in engines],
-        )
-    except OSError as error:
-        for engine in engines:
-            engine.close()
-        raise ConfigError(
-            f"{host} port {port}: cannot be listened on ({error.strerror or error}); choose "
-            "another --host or --port"
-        ) from error
+    with ExitStack() as opened:  # what a start that fails leaves behind
+        scorer = sampler = None
+        if scores:
+            scorer = TransformersScorer(model_dir, device=device, lease=lease)
+            opened.callback(scorer.close)
+        if samples:
+            own = None if lease is None else DeviceLease(lease.path, owner=lease.owner)
+            sampler = TransformersSampler(model_dir, device=device, lease=own)
+            opened.callback(sampler.close)
+        try:
+            server = ScoreServer(host, port, scorer=scorer, sampler=sampler, token=token)
+        except OSError as error:
+            raise ConfigError(
+                f"{host} port {port}: cannot be listened on ({error.strerror or error}); choose "
+                "another --host or --port"
+            ) from error
+        server.on_close = opened.pop_all().close
+    return server

@@ -6,7 +6,8 @@ import json
 import select
 import socket
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol, runtime_checkable
@@ -90,7 +91,6 @@ class ScoreServer(ThreadingHTTPServer):
         scorer: Scorer | None = None,
         sampler: Sampling | None = None,
         token: str | None,
-        on_close: Sequence[Callable[[], None]] = (),
     ) -> None:
         check_exposure(host, token=token)
         assert scorer is not None or sampler is not None, "nothing to serve"
@@ -102,7 +102,7 @@ class ScoreServer(ThreadingHTTPServer):
             **(WRITING if isinstance(scorer, Writer) else {}),
             **(METHODS if sampler is not None else {}),
         }
-        self._on_close = on_close
+        self.on_close: Callable[[], None] = lambda: None  # lets go of the engines
         self._closing = threading.Event()
         self._open: dict[threading.Thread, socket.socket] = {}
         self._lock = threading.Lock()
@@ -135,7 +135,8 @@ class ScoreServer(ThreadingHTTPServer):
         self.server_close()
 
     def server_close(self) -> None:
-        """Closes the listener, cuts the connections, and waits for their threads."""
+        """Closes the listener, cuts the connections, lets go of the engines, and waits for the
+        threads of the connections: those that waited for a turn have none any more."""
         super().server_close()
         self._closing.set()
         with self._lock:
@@ -143,10 +144,10 @@ class ScoreServer(ThreadingHTTPServer):
         for connection in still.values():
             with suppress(OSError):  # it has just ended
                 connection.shutdown(socket.SHUT_RDWR)
+        self.on_close()
+        deadline = time.monotonic() + CLOSE_SECONDS
         for thread in still:
-            thread.join(CLOSE_SECONDS)
-        for close in self._on_close:
-            close()
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def process_request(self, request: Any, client_address: Any) -> None:
         thread = threading.Thread(

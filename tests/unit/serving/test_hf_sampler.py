@@ -21,6 +21,7 @@ from mopd.demo import World
 from mopd.serving import hf_sampler
 from mopd.serving.generation import AbandonedError
 from mopd.serving.hf_sampler import TransformersSampler
+from mopd.serving.lease import DeviceLease
 from mopd.serving.models import load_causal_lm
 from mopd.serving.sampling import (
     LOGPROBS_PATH,
@@ -57,9 +58,9 @@ def never() -> bool:
 class Desk:
     """An engine with the weights of a `PlainModel`, asked as a server would."""
 
-    def __init__(self, model: PlainModel, root: Path) -> None:
+    def __init__(self, model: PlainModel, root: Path, *, lease: DeviceLease | None = None) -> None:
         self.model, self.root = model, root
-        self.engine = TransformersSampler(model.model_dir, device=CPU)
+        self.engine = TransformersSampler(model.model_dir, device=CPU, lease=lease)
         self.size = model.tokenizer.vocabulary.size
 
     def update(self, weights: dict[str, Tensor], *, step: int = 0, **changes: Any) -> str:
