@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopd.config.cluster import DeviceKind
+from mopd.config.cluster import KINDS, DeviceKind
 from mopd.config.load import load_config, parse_arguments
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
@@ -21,8 +21,6 @@ from mopd.errors import ConfigError
 if TYPE_CHECKING:
     from mopd.runtime.memory import Share
     from mopd.runtime.placement import Plan
-
-KINDS: dict[str, DeviceKind] = {"cuda": "gpu", "npu": "npu", "cpu": "cpu"}
 
 
 def run(words: Sequence[str]) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from mopd.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 DeviceKind = Literal["gpu", "npu", "cpu"]
+# By the values of run.device, which are torch's names, and back.
+KINDS: Mapping[str, DeviceKind] = {"cuda": "gpu", "npu": "npu", "cpu": "cpu"}
+DEVICE_NAMES: Mapping[DeviceKind, str] = {kind: name for name, kind in KINDS.items()}
 
 
 class ClusterSection(Section):

@@ -43,6 +43,10 @@ class DeviceBackend(Protocol):
         """Wait until all work queued on the current device is done."""
         ...
 
+    def empty_cache(self) -> None:
+        """Give back the device's memory that no tensor of this process uses."""
+        ...
+
     def memory_stats(self) -> dict[str, int]:
         """Bytes: `allocated` now and `peak` since the start."""
         ...

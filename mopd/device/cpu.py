@@ -74,6 +74,9 @@ class CpuDevice:
     def synchronize(self) -> None:
         """Nothing to do: host work is never queued."""
 
+    def empty_cache(self) -> None:
+        """Nothing to do: the host's allocator keeps little."""
+
     def memory_stats(self) -> dict[str, int]:
         # getrusage counts kibibytes, except on macOS where it counts bytes.
         unit = 1 if sys.platform == "darwin" else 1024

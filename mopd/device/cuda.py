@@ -38,6 +38,9 @@ class CudaDevice:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
+    def empty_cache(self) -> None:
+        torch.cuda.empty_cache()
+
     def memory_stats(self) -> dict[str, int]:
         return {
             "allocated": torch.cuda.memory_allocated(),

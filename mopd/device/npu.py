@@ -133,6 +133,9 @@ class NpuDevice:
     def synchronize(self) -> None:
         _npu().synchronize()
 
+    def empty_cache(self) -> None:
+        _npu().empty_cache()
+
     def memory_stats(self) -> dict[str, int]:
         return {
             "allocated": _npu().memory_allocated(),

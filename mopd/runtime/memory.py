@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mopd.config.check_losses import losses_in_use
-from mopd.config.cluster import DeviceKind
+from mopd.config.cluster import DEVICE_NAMES
 from mopd.config.model_shape import ModelShape, find_model_config, read_model_config
 from mopd.config.model_size import ModelSize, read_model_size
 from mopd.config.pools import ROLLOUT, STUDENT, backends_of
@@ -22,7 +22,6 @@ from mopd.runtime.memory_student import StudentJob, frozen_bytes, projection_byt
 from mopd.runtime.placement import Plan, Pool, Slot
 
 GB = 10**9
-TORCH_TYPES: dict[DeviceKind, str] = {"gpu": "cuda", "npu": "npu", "cpu": "cpu"}
 ASSUMPTIONS = (
     "Exact: weights, gradients, optimizer. Estimated: activations (2205.05198, with the layers' "
     "own terms), logits, KV cache. Guessed: prompts of "
@@ -101,7 +100,7 @@ def estimate(config: RunConfig, plan: Plan, shapes: Shapes) -> tuple[Share, ...]
 def _student(config: RunConfig, plan: Plan, shapes: Shapes) -> list[Share]:
     """The ranks of every stage; leads apart where they hold models of their own."""
     pool, ranks = plan.pools[0], plan.members(STUDENT)
-    kind = TORCH_TYPES[pool.device]
+    kind = DEVICE_NAMES[pool.device]
     job = StudentJob(config=config, shape=shapes.student, num_ranks=len(ranks), device_type=kind)
     per_stage, lead_every = len(ranks) // job.pp, job.tp * job.cp
     shares: list[Share] = []

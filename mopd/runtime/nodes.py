@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mopd.config.backends import RemoteSection
 from mopd.config.check_servers import device_shares
-from mopd.config.cluster import DeviceKind
+from mopd.config.cluster import KINDS
 from mopd.config.keys import printable
 from mopd.config.schema import RunConfig
 from mopd.config.urls import check_address
@@ -19,7 +19,6 @@ from mopd.serving.address import LOOPBACK, address_towards, is_loopback
 
 ADDRESS_VARIABLE = "MOPD_HOST_ADDRESS"
 MASTER_VARIABLE = "MASTER_ADDR"  # torchrun's: the host of rank 0
-KINDS: Mapping[str, DeviceKind] = {"cuda": "gpu", "npu": "npu", "cpu": "cpu"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

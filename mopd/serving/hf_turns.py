@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mopd.device import get_device
 from mopd.serving.lease import DeviceLease
 from mopd.serving.models import load_causal_lm
 from mopd.serving.offload import Offloaded
@@ -28,6 +29,7 @@ class TurnTakingModel:
         if lease is None:
             self.model: Any = load_causal_lm(model_dir, device=device)
             return
+        self._backend = get_device(device.type)
         self.model = load_causal_lm(model_dir, device=device, in_host_memory=True)
         self._weights = Offloaded([self.model], device=device)
         self._turns = Turns(lease, load=self._load, release=self._unload)
@@ -53,11 +55,10 @@ class TurnTakingModel:
     def _load(self) -> None:
         assert self._weights is not None
         self._weights.load()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # a device without room says so here
+        self._backend.set_device(self.device.index or 0)  # this thread has none yet
+        self._backend.synchronize()  # a device without room says so here
 
     def _unload(self) -> None:
         assert self._weights is not None
         self._weights.unload()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # others cannot use what this process's allocator keeps
+        self._backend.empty_cache()  # others cannot use what this process's allocator keeps

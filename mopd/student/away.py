@@ -13,6 +13,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from mopd.device import get_device
 from mopd.student.model import StudentModel
 from mopd.student.optim import inner_optimizers
 
@@ -29,6 +30,7 @@ class StudentState:
         self._host: dict[Tensor, Tensor] = {}  # by the tensor whose numbers it takes
         self._sizes: dict[int, int] = {}  # of freed gradient buffers, in bytes
         self._device = model.topology.device
+        self._backend = get_device(self._device.type)
         self.is_away = False
 
     @property
@@ -49,14 +51,13 @@ class StudentState:
         self._host = {one: known[one] if one in known else _host_like(one) for one in moved}
         for tensor, host in self._host.items():
             host.copy_(tensor.data, non_blocking=True)
-        self._wait()  # before the memory that is copied is given back
+        self._backend.synchronize()  # before the memory that is copied is given back
         for tensor, host in self._host.items():
             tensor.data = host
         for number, gradients in enumerate(self._gradients()):
             self._sizes[number] = gradients.untyped_storage().nbytes()
             gradients.untyped_storage().resize_(0)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # others cannot use what this process's allocator keeps
+        self._backend.empty_cache()  # others cannot use what this process's allocator keeps
 
     def back(self) -> None:
         """As before `away`, bit by bit; gradients are zero."""
@@ -69,7 +70,7 @@ class StudentState:
             # parameters and buckets look into this very storage
             gradients.untyped_storage().resize_(self._sizes[number])
             gradients.zero_()
-        self._wait()
+        self._backend.synchronize()
 
     def _moved(self) -> Iterator[Tensor]:
         """Main weights and moments, without what shares the model's own memory."""
@@ -101,10 +102,6 @@ class StudentState:
             for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
                 yield buffer.grad_data
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
 
 def _host_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor.data, device="cpu", pin_memory=tensor.device.type == "cuda")
+    return torch.empty_like(tensor.data, device="cpu", pin_memory=tensor.device.type != "cpu")

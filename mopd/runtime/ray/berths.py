@@ -9,7 +9,6 @@ from mopd.config.cluster import DeviceKind
 from mopd.config.pools import STUDENT
 from mopd.runtime.placement import Member, Plan, Pool, Slot
 
-DEVICE_NAMES: dict[DeviceKind, str] = {"gpu": "cuda", "npu": "npu", "cpu": "cpu"}  # run.device
 RESOURCES: dict[DeviceKind, str | None] = {"gpu": "GPU", "npu": "NPU", "cpu": None}
 
 

@@ -18,11 +18,10 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from mopd.config.cluster import DeviceKind
+from mopd.config.cluster import KINDS, DeviceKind
 from mopd.config.pools import STUDENT
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
-from mopd.runtime.nodes import KINDS
 from mopd.runtime.placement import Plan
 from mopd.runtime.ray.berths import RESOURCES, Berth, asked, berths_of
 from mopd.serving.address import is_loopback

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mopd.config.cluster import DeviceKind
+from mopd.config.cluster import DEVICE_NAMES, DeviceKind
 from mopd.config.pools import ROLLOUT, backends_of
 from mopd.config.schema import RunConfig
 from mopd.environment import VISIBLE_DEVICES
 from mopd.errors import ConfigError, MopdError
 from mopd.runtime.exits import Ending, ending_of
 from mopd.runtime.nodes import Engine
-from mopd.runtime.ray.berths import DEVICE_NAMES
 from mopd.runtime.ray.rank import Place, place, wait_until_gone
 from mopd.runtime.ray.relay import Line, Printed, enter
 from mopd.runtime.served import FOLDER, IMPORTS, server_launch

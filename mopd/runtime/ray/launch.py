@@ -7,11 +7,10 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from mopd.config.cluster import DeviceKind
+from mopd.config.cluster import KINDS, DeviceKind
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 from mopd.runtime.exits import Ending, ending_of
-from mopd.runtime.nodes import KINDS
 from mopd.runtime.placement import place
 from mopd.runtime.ray.berths import asked
 from mopd.runtime.ray.head import LocalHead

@@ -10,11 +10,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from mopd.config.cluster import DEVICE_NAMES
 from mopd.config.schema import RunConfig
 from mopd.environment import VISIBLE_DEVICES
 from mopd.runtime.exits import Ending
 from mopd.runtime.placement import Member, Slot
-from mopd.runtime.ray.berths import DEVICE_NAMES, resources
+from mopd.runtime.ray.berths import resources
 from mopd.runtime.ray.cluster import Reserved, node_addresses
 from mopd.runtime.ray.rank import Place, RankJob, StudentRank
 from mopd.runtime.ray.relay import Line

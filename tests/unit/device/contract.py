@@ -101,6 +101,18 @@ def megatron_takes_its_tensors(backend: DeviceBackend) -> None:
     assert parameter.grad.tolist() == pytest.approx([1.0, 1.0], rel=1e-4)
 
 
+def gives_memory_back(backend: DeviceBackend) -> None:
+    backend.set_device(0)
+    kept = torch.ones(2**20, device=backend.current_device())
+    backend.empty_cache()
+    assert kept.sum().item() == 2**20
+    if backend.name == "cuda":
+        del kept
+        before = torch.cuda.memory_reserved()
+        backend.empty_cache()
+        assert torch.cuda.memory_reserved() < before
+
+
 CONTRACT: tuple[Check, ...] = (
     is_named_like_its_devices,
     has_a_backend_that_torch_knows,
@@ -108,6 +120,7 @@ CONTRACT: tuple[Check, ...] = (
     refuses_a_rank_without_a_device,
     waits,
     counts_bytes,
+    gives_memory_back,
     knows_whether_it_has_bfloat16,
     its_generator_repeats_itself,
     megatron_takes_its_tensors,

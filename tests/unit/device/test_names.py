@@ -16,11 +16,13 @@ from tests.helpers.wheels import LINUX, Wheel, fetch
 # Who may name CUDA or NCCL, and why.
 NAMES_CUDA = {
     "mopd.config.schema": "the values of run.device",
+    "mopd.config.cluster": "the kinds of devices, by the values of run.device",
     "mopd.environment": "the variables, by the values of run.device",
     "mopd.device.base": "the backends, by the values of run.device",
     "mopd.device.cuda": "the CUDA backend",
     "mopd.device.cpu": "what megatron-core calls CUDA is the host's",
     "mopd.serving.channel": "NCCL from CUDA to CUDA; other devices broadcast with gloo",
+    "mopd.serving.hf_sampler": "the same, for a server's own thread",
     "mopd.serving.sampling": "the same, in what a server says and is told",
     "mopd.rollout.push": "the same, on the trainer's side",
 }
