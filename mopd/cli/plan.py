@@ -70,8 +70,12 @@ def _show(config: RunConfig, *, as_json: bool, svg: Path | None) -> int:
     from mopd.runtime.memory import estimate, read_shapes, taking_turns, too_large
     from mopd.runtime.placement import place
 
-    check_config(config, world_size=student_ranks(config), files=False)
-    plan = place(config, device=_device(config))
+    ranks = student_ranks(config)
+    check_config(config, world_size=ranks, files=False)
+    # torchrun starts as many ranks on every node, Ray as many as go there
+    plan = place(
+        config, world_size=ranks if config.launcher == "torchrun" else None, device=_device(config)
+    )
     shares: tuple[Share, ...] = ()
     problems: list[str] = []
     notes = [*plan.notes]

@@ -22,14 +22,13 @@ from mopd.config.check_servers import (
 )
 from mopd.config.check_student import check_fit, check_student
 from mopd.config.data_files import check_data, check_data_path
-from mopd.config.keys import printable
+from mopd.config.keys import NAME, printable
 from mopd.config.model_shape import find_model_config, read_model_config
 from mopd.config.pools import check_pools
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 
 FILL_IN = "or use launch/train.py, which fills in the embedded world"
-TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 SERVER_TYPES = ("vllm", "mopd", "openai", "sglang", "trl")
 NAMING_TYPES = ("vllm", "openai", "sglang")  # of these, the ones that list models by name
@@ -77,7 +76,7 @@ def _teachers(config: RunConfig) -> Iterator[str]:
         yield "teachers: is empty; add one, as in teachers.math.model=<dir>"
         return
     for name in teachers:
-        if not TEACHER_NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             yield f"teachers.{name}: a name has letters, digits, `-` and `_` only; rename it"
     if all(teacher.weight == 0 for teacher in teachers.values()):
         yield "teachers.<name>.weight: all are 0, so nothing is learned; raise one"

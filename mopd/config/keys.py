@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_origin
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel
 
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # of a teacher or a pool
 
 
 def printable(text: str) -> str:

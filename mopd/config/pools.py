@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
 from mopd.config.check_servers import is_started
+from mopd.config.keys import NAME
 from mopd.config.schema import RunConfig
 
 STUDENT, ROLLOUT = "student", "rollout"  # names of pools, and owners
@@ -66,6 +67,9 @@ def _is_service(
 def check_pools(config: RunConfig) -> Iterator[str]:
     """One line per mistake: the key, what is wrong, the remedy."""
     used = {STUDENT, *pools_of(config).values()}
+    for name in sorted({*config.pools, *used}):
+        if not NAME.fullmatch(name):
+            yield f"pools.{name}: a name has letters, digits, `-` and `_` only; rename it"
     for name in config.pools:
         if name not in used:
             yield (
@@ -92,6 +96,7 @@ def check_pools(config: RunConfig) -> Iterator[str]:
                 "pool out"
             )
     yield from _shared_with_student(config, found)
+    yield from _broadcast_in_turns(config)
 
 
 def _shared_with_student(config: RunConfig, found: Mapping[str, str]) -> Iterator[str]:
@@ -102,3 +107,14 @@ def _shared_with_student(config: RunConfig, found: Mapping[str, str]) -> Iterato
                 f"{owner}.pool: servers in the student's pool take turns with it; set "
                 "pools.student.shared=true, or give them a pool of their own"
             )
+
+
+def _broadcast_in_turns(config: RunConfig) -> Iterator[str]:
+    """All engines of a sampler meet in one broadcast, and one lease lets in one at a time."""
+    backend, pool = config.rollout.backend, shared_pool_of(config, ROLLOUT)
+    if pool is not None and backend.weight_sync == "broadcast" and backend.server.replicas > 1:
+        yield (
+            f"rollout.backend.weight_sync=broadcast: needs all {backend.server.replicas} engines "
+            f"at once, and those of pools.{pool} take turns; set weight_sync=files, or give the "
+            "sampler a pool of its own"
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mopd.config.schema import RunConfig
-from mopd.errors import ConfigError
+from mopd.errors import ConfigError, MopdError
 from mopd.runtime.nodes import (
     ADDRESS_VARIABLE,
     Engine,
@@ -69,7 +69,7 @@ class Servers:
         self._key = from_main(secrets.token_urlsafe(32))
         try:
             self._start(directory / FOLDER, device=device)
-        except (ConfigError, OSError) as error:
+        except (MopdError, OSError) as error:
             self._problem = str(error)
 
     def _start(self, folder: Path, *, device: str) -> None:
@@ -171,16 +171,16 @@ class Servers:
 
 def is_failed_start(directory: Path) -> bool:
     """Whether a run's directory holds nothing, or no more than a start that failed leaves there:
-    logs of servers, journals without a line."""
+    logs of servers and what they import, journals without a line."""
     for path in directory.rglob("*"):
-        top = path.relative_to(directory).parts[0]
-        if path.is_dir():
+        top, *below = path.relative_to(directory).parts
+        if path.is_dir() or (top == FOLDER and below[:1] == [IMPORTS]):
             known = top in (FOLDER, JOURNAL)
         elif top == JOURNAL:
             known = path.stat().st_size == 0
         else:
             known = path.parent == directory / FOLDER and path.suffix in (".log", ".json")
-        if not known and IMPORTS not in path.relative_to(directory).parts:
+        if not known:
             return False
     return True
 

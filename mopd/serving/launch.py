@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mopd.config.keys import printable
@@ -50,7 +50,7 @@ class Launch:
 
     owner: str
     words: tuple[str, ...]  # the interpreter first
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(repr=False)  # the key is in it
     port: int
     log: Path
     max_restarts: int

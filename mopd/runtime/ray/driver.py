@@ -68,10 +68,11 @@ def _place(config: RunConfig) -> Plan:
     if config.cluster.num_devices_per_node is None and name is not None:
         counts = [int(node["Resources"].get(name, 0)) for node in ray.nodes() if node["Alive"]]
         counts = [count for count in counts if count]
-        cluster = config.cluster.model_copy(
-            update={"num_nodes": len(counts), "num_devices_per_node": min(counts)}
-        )
-        config = config.model_copy(update={"cluster": cluster})
+        if counts:  # else `reserve` says what is not there
+            cluster = config.cluster.model_copy(
+                update={"num_nodes": len(counts), "num_devices_per_node": min(counts)}
+            )
+            config = config.model_copy(update={"cluster": cluster})
     return place(config, device=device)
 
 

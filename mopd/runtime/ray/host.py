@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,7 @@ class HostJob:
     config: RunConfig
     run_directory: Path
     address: str
-    key: str
+    key: str = field(repr=False)
     device: DeviceKind
     devices: tuple[str, ...]  # ids of its accelerators; empty on the CPU
     engines: tuple[HostEngine, ...]

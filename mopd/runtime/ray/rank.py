@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 import ray
@@ -36,7 +36,7 @@ class RankJob:
     config: RunConfig
     world: str | None
     urls: Mapping[str, tuple[str, ...]]
-    key: str
+    key: str = field(repr=False)
     environment: Mapping[str, str]  # as torchrun sets it
     earlier: Mapping[str, tuple[int, ...]]  # by node: processes of an earlier try
 

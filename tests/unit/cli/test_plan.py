@@ -265,3 +265,14 @@ def test_a_plan_needs_no_torch(recipe: str, catalogue: Path) -> None:
 )
 def test_numbers(some: tuple[int, ...], said: str) -> None:
     assert numbers(some) == said
+
+
+def test_ranks_that_torchrun_cannot_start_so_are_refused(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three nodes hold eight ranks, but not as many each."""
+    words = ["plan", recipe, "cluster.num_nodes=3"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "launcher=torchrun"]) == 2
+    assert "8 ranks in tensor-parallel groups of 2" in capsys.readouterr().err

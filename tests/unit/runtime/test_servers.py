@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,24 @@ def reached(config: RunConfig, directory: Path, *, device: str = "cpu") -> tuple
         raise
     finally:
         dist.destroy_process_group()
+
+
+def test_a_lease_that_cannot_be_had_is_told_by_all(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised in `reach`, where every rank hears of it, and not on the one that starts servers."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"mopd-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    backend = {"type": "vllm", "server": {"python": str(script)}}
+    teacher = {"model": "a", "pool": "judges", "backend": backend}
+    config = RunConfig.model_validate(
+        {"teachers": {"a": teacher}, "pools": {"judges": {"shared": True}}}
+    )
+    with pytest.raises(ConfigError, match="others may write there"):
+        reached(config, tmp_path / "run")
+    assert starts(script) == []
 
 
 def value(told: list[str], name: str) -> str | None:

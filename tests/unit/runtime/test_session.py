@@ -105,6 +105,18 @@ def test_overwrite_removes_what_a_failed_start_of_servers_left(
     assert folder.exists() == is_kept
 
 
+@pytest.mark.parametrize("place", ["python", "checkpoints/python", "servers/other/python"])
+def test_overwrite_does_not_take_any_folder_for_what_servers_import(
+    tmp_path: Path, place: str
+) -> None:
+    folder = tmp_path / "r" / place
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not a run"):
+        prepare(tmp_path, run={"overwrite": True})
+    assert (folder / "thesis.tex").exists()
+
+
 @pytest.mark.parametrize("line", ["", "{}\n"])
 def test_overwrite_removes_a_journal_without_a_line_only(tmp_path: Path, line: str) -> None:
     folder = tmp_path / "r" / "journal"

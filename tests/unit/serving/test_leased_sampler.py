@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +20,12 @@ from mopd.serving import hf_sampler, hf_server, hf_turns
 from mopd.serving.hf_scorer import TransformersScorer
 from mopd.serving.lease import DeviceLease
 from mopd.serving.offload import Offloaded
-from mopd.serving.scoring import RequestError, ScoredSequence, ScoreRequest
+from mopd.serving.scoring import SCORE_PATH, RequestError, ScoredSequence, ScoreRequest
 from mopd.serving.wire import encode_rows
 from tests.helpers.plain_model import PlainModel
 from tests.helpers.small_server import wait_until
 from tests.unit.serving.test_hf_sampler import CPU, TASKS, Desk, check_alike
+from tests.unit.serving.test_hf_server import asking
 
 SCORED = ScoreRequest(
     request="r",
@@ -174,6 +176,39 @@ def test_who_waits_for_a_turn_ends_with_the_engine(pool: Pool, model: PlainModel
             with pytest.raises(MopdError, match="is being closed"):
                 one.result(10.0)
     assert not pool.other.is_wanted()
+
+
+def test_a_server_that_closes_waits_for_nobody_who_waits_for_a_turn(
+    model: PlainModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "pool.lease"
+    other = DeviceLease(path, owner="other")
+    assert other.acquire(wait_s=1.0)
+    before = {one.ident for one in threading.enumerate()}
+    server = hf_server.open_server(
+        model.model_dir,
+        host="127.0.0.1",
+        port=0,
+        token=None,
+        device=CPU,
+        samples=False,
+        scores=True,
+        lease=DeviceLease(path, owner="a"),
+    )
+    server.start()
+    body = {"request": "r", "sequences": [{"ids": [5, 6, 7], "start": 1}], "top_k": 2}
+    body |= {"temperature": 1.0, "vocab_size": 50, "wire": "fp32"}
+    clients = [asking(server, SCORE_PATH, json.dumps(body).encode()) for _ in range(3)]
+    assert isinstance(server.scorer, TransformersScorer)
+    turns = server.scorer._taking_turns._turns
+    assert turns is not None
+    wait_until(lambda: len(turns._waiting) == len(clients))
+    server.close()
+    # not one after the other at the end of its own patience
+    assert {one.ident for one in threading.enumerate()} <= before
+    for client in clients:
+        client.close()
+    other.release()
 
 
 def test_an_engine_that_cannot_be_built_leaves_the_lease(
