@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mopd.config.check_servers import is_started
 from mopd.config.cluster import KINDS, DeviceKind
 from mopd.config.load import load_config, parse_arguments
 from mopd.config.schema import RunConfig
@@ -88,6 +89,7 @@ def _show(config: RunConfig, *, as_json: bool, svg: Path | None) -> int:
         shares = estimate(config, plan, read_shapes(config))
         problems = too_large(config, plan, shares)
         notes += taking_turns(config, plan, shares)
+        notes += _unknown_models(config)
     if svg is not None:
         _write(svg, picture_svg(plan, title=config.run.name))
     if as_json:
@@ -95,6 +97,13 @@ def _show(config: RunConfig, *, as_json: bool, svg: Path | None) -> int:
     else:
         print(describe(config, plan, shares, problems=problems, notes=notes))
     return 1 if problems else 0
+
+
+def _unknown_models(config: RunConfig) -> Iterator[str]:
+    for name, teacher in config.teachers.items():
+        own = teacher.backend.type in ("hf", "megatron") or is_started(teacher.backend)
+        if own and teacher.model is None and teacher.weight > 0:
+            yield f"memory of teachers.{name} is left out: teachers.{name}.model is not set"
 
 
 def _device(config: RunConfig) -> DeviceKind:

@@ -276,3 +276,12 @@ def test_ranks_that_torchrun_cannot_start_so_are_refused(
     capsys.readouterr()
     assert main([*words, "launcher=torchrun"]) == 2
     assert "8 ranks in tensor-parallel groups of 2" in capsys.readouterr().err
+
+
+def test_a_teacher_without_a_model_is_said_to_be_left_out(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", recipe, "teachers.math.model=null"]) == 0
+    text = capsys.readouterr().out
+    assert "note: memory of teachers.math is left out: teachers.math.model is not set" in text
+    assert "memory of teachers.code is left out" not in text
