@@ -144,7 +144,7 @@ PYTHON = """
 echo "$RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} ${RAY_ADDRESS:+joined} $*" >>"$FAKE_SLURM/python"
 case " $* " in
     *" start "*) exec sleep 600 ;;
-    *" status "*) [ "$(grep -c " start " "$FAKE_SLURM/python")" -eq "$SLURM_JOB_NUM_NODES" ] ;;
+    *has_nodes.py*) [ "$(grep -c " start " "$FAKE_SLURM/python")" -eq "$SLURM_JOB_NUM_NODES" ] ;;
     *missing*) exit 3 ;;
     *long*) trap 'exit 143' TERM; touch "$FAKE_SLURM/training"; sleep 600 & wait ;;
 esac
