@@ -183,11 +183,10 @@ class Students:
         """What they printed since the last look."""
         for number, one in enumerate(self.watched):
             try:
-                asked = one.actor.news.remote()
-                lines = value_of(asked, name=one.name, timeout_s=LAST_WORDS_S)
+                for lines in one.last_look(timeout_s=LAST_WORDS_S):
+                    self._print(number, lines)
             except (Gone, TimeoutError):
                 continue
-            self._print(number, lines)
 
     def _print(self, number: int, lines: Sequence[Line]) -> None:
         for line in lines:

@@ -60,6 +60,19 @@ class Watched(Generic[NewsT]):
         question, self._question = self._question, None
         return value_of(question, name=self.name)
 
+    def last_look(self, *, timeout_s: float) -> list[NewsT]:
+        """The answers to the question that is under way, which holds what was said before it, and
+        to one more.
+
+        Raises:
+            Gone: it is dead.
+            TimeoutError: no answer within ``timeout_s``.
+        """
+        asked = [self._question] if self._question is not None else []
+        self._question = None
+        asked.append(self.actor.news.remote())
+        return [value_of(one, name=self.name, timeout_s=timeout_s) for one in asked]
+
     def result(self) -> Any:
         """What the work returned, None while it goes on.
 
