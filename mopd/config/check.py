@@ -14,17 +14,18 @@ from mopd.config.check_layout import check_layout
 from mopd.config.check_losses import check_losses
 from mopd.config.check_rollout import check_rollout
 from mopd.config.check_servers import (
+    FOUND_KEYS,
     REMOTE_KEYS,
     check_reached,
-    check_started,
     is_started,
     unread,
 )
+from mopd.config.check_started import check_started
 from mopd.config.check_student import check_fit, check_student
 from mopd.config.data_files import check_data, check_data_path
 from mopd.config.keys import NAME, printable
 from mopd.config.model_shape import find_model_config, read_model_config
-from mopd.config.pools import check_pools
+from mopd.config.pools import actor_hint, check_pools, is_actor, teacher_owner
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 
@@ -45,6 +46,7 @@ def check_config(config: RunConfig, *, world_size: int, files: bool = True) -> N
     problems = chain(
         _teachers(config),
         _backends(config),
+        _launcher(config),
         check_started(config),
         check_pools(config),
         check_inside(config),
@@ -94,8 +96,14 @@ def _backends(config: RunConfig) -> Iterator[str]:
     yield from _target("rollout.backend", config.rollout.backend)
     for name, teacher in config.teachers.items():
         yield from _target(f"teachers.{name}.backend", teacher.backend)
-        yield from _wire(f"teachers.{name}.backend", teacher.backend)
-        yield from _servers(f"teachers.{name}.backend", teacher.backend, config)
+        yield from _wire(config, teacher_owner(name), teacher.backend)
+        yield from _servers(config, teacher_owner(name), teacher.backend)
+
+
+def _launcher(config: RunConfig) -> Iterator[str]:
+    """The other keys of `ray` say nothing about where a run is, so both launchers accept them."""
+    if config.launcher != "ray" and config.ray.address is not None:
+        yield "ray.address: is only read by launcher=ray; set that, or leave the key out"
 
 
 def _target(prefix: str, backend: TeacherBackendSection | RolloutBackendSection) -> Iterator[str]:
@@ -109,20 +117,29 @@ def _target(prefix: str, backend: TeacherBackendSection | RolloutBackendSection)
         yield f"{prefix}.target: expected package.module:Name, got `{target}`"
 
 
-def _wire(prefix: str, backend: TeacherBackendSection) -> Iterator[str]:
-    if backend.type != "mopd" and backend.wire != "fp32":
-        yield f"{prefix}.wire: is only read by type=mopd; set that type, or wire=fp32"
+def _wire(config: RunConfig, owner: str, backend: TeacherBackendSection) -> Iterator[str]:
+    prefix = f"{owner}.backend"
+    if backend.type != "mopd" and backend.wire != "fp32" and not is_actor(config, owner):
+        readers = f"type=mopd{actor_hint(config, owner)}"
+        yield f"{prefix}.wire: is only read by {readers}; set that, or wire=fp32"
     if backend.served_model is not None and backend.type in ("mopd", "trl"):
         kinds = ", ".join(NAMING_TYPES)
         yield f"{prefix}.served_model: type={backend.type} names no models ({kinds} do); drop it"
 
 
-def _servers(prefix: str, backend: TeacherBackendSection, config: RunConfig) -> Iterator[str]:
+def _servers(config: RunConfig, owner: str, backend: TeacherBackendSection) -> Iterator[str]:
+    prefix = f"{owner}.backend"
     if backend.type != "hf":
         yield from unread(prefix, backend, ("batch_size",), "type=hf")
+    readers = f"type={' or '.join(SERVER_TYPES)}"
+    if is_actor(config, owner):
+        yield from unread(prefix, backend, FOUND_KEYS, readers)
+        # the server in the actor scores as many texts together as fit
+        yield from unread(prefix, backend, ("batch_size",), f"type=hf with {owner}.pool=student")
+        return
     if backend.type not in SERVER_TYPES:
         keys = (*REMOTE_KEYS, "entries_per_request", "tolerance", "canary_interval")
-        yield from unread(prefix, backend, keys, f"type={' or '.join(SERVER_TYPES)}")
+        yield from unread(prefix, backend, keys, readers + actor_hint(config, owner))
         return
     if not backend.urls and not is_started(backend):
         yield f"{prefix}.urls: is empty; add a server, as in [http://127.0.0.1:8000]"

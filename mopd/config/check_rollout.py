@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mopd.config.backends import RolloutBackendSection
-from mopd.config.check_servers import REMOTE_KEYS, check_reached, unread
+from mopd.config.check_servers import FOUND_KEYS, REMOTE_KEYS, check_reached, unread
+from mopd.config.pools import ROLLOUT, actor_hint, is_actor
 from mopd.config.schema import RunConfig
 
 SERVER_KEYS = (*REMOTE_KEYS, "weight_sync", "sync_dir")
@@ -28,9 +29,14 @@ def check_rollout(config: RunConfig, *, world_size: int) -> Iterator[str]:
         yield from _dataset(config)
     if backend.type == "custom":
         yield from unread(prefix, backend, ("batch_size",), "type=hf, vllm or replay")
+    if is_actor(config, ROLLOUT):
+        yield from unread(prefix, backend, ("mode", *FOUND_KEYS, "memory_fraction"), "type=vllm")
+        yield from _sync(backend, prefix)
+        return
     if backend.type != "vllm":
-        keys = ("mode", *SERVER_KEYS, "memory_fraction")
-        yield from unread(prefix, backend, keys, "type=vllm")
+        yield from unread(prefix, backend, ("mode", "memory_fraction"), "type=vllm")
+        readers = f"type=vllm{actor_hint(config, ROLLOUT)}"
+        yield from unread(prefix, backend, SERVER_KEYS, readers)
         return
     if rollout.temperature < LOWEST_TEMPERATURE:
         yield f"rollout.temperature: vLLM samples at {LOWEST_TEMPERATURE:g} or more; raise it"
@@ -52,6 +58,10 @@ def _colocate(backend: RolloutBackendSection, prefix: str, *, world_size: int) -
 def _servers(backend: RolloutBackendSection, prefix: str) -> Iterator[str]:
     yield from unread(prefix, backend, ("memory_fraction",), "mode=colocate")
     yield from check_reached(prefix, backend)
+    yield from _sync(backend, prefix)
+
+
+def _sync(backend: RolloutBackendSection, prefix: str) -> Iterator[str]:
     if backend.weight_sync != "files" and backend.sync_dir is not None:
         yield f"{prefix}.sync_dir: is only read by weight_sync=files; leave it out"
 

@@ -57,11 +57,40 @@ def _is_service(
     pool: str | None,
 ) -> bool:
     """Whether the run starts engines for it: servers, and in Ray mode transformers in an actor."""
-    if is_started(backend):
-        return True
+    return is_started(backend) or _is_actor(config, backend, pool=pool)
+
+
+def _is_actor(
+    config: RunConfig,
+    backend: TeacherBackendSection | RolloutBackendSection,
+    *,
+    pool: str | None,
+) -> bool:
     if config.launcher != "ray" or backend.type != "hf" or pool == STUDENT:
         return False
     return isinstance(backend, TeacherBackendSection) or pool is not None
+
+
+def is_actor(config: RunConfig, owner: str) -> bool:
+    """Whether this owner's transformers are in actors of Ray, and are asked as servers are."""
+    return _is_actor(config, backends_of(config)[owner], pool=_named(config)[owner])
+
+
+def actor_hint(config: RunConfig, owner: str) -> str:
+    """What would make an actor of transformers in the student's processes, for a message; empty
+    for other types."""
+    if backends_of(config)[owner].type != "hf" or is_actor(config, owner):
+        return ""
+    if config.launcher != "ray":
+        pool = f" and {ROLLOUT}.pool" if owner == ROLLOUT else ""
+        return f", or type=hf with launcher=ray{pool}"
+    return f", or type=hf with {owner}.pool set to another pool than the student's"
+
+
+def _named(config: RunConfig) -> dict[str, str | None]:
+    """What the recipe says about every owner's pool."""
+    teachers = {teacher_owner(name): one.pool for name, one in config.teachers.items()}
+    return {ROLLOUT: config.rollout.pool, **teachers}
 
 
 def check_pools(config: RunConfig) -> Iterator[str]:
@@ -76,10 +105,8 @@ def check_pools(config: RunConfig) -> Iterator[str]:
                 f"pools.{name}: nobody is in it; name it in rollout.pool or teachers.<name>.pool "
                 f"(pools here: {', '.join(sorted(used))}), or leave it out"
             )
-    named = {ROLLOUT: config.rollout.pool}
-    named |= {teacher_owner(name): one.pool for name, one in config.teachers.items()}
     found = pools_of(config)
-    for owner, pool in named.items():
+    for owner, pool in _named(config).items():
         if pool is None or pool == STUDENT or owner in found:
             continue
         backend = backends_of(config)[owner]

@@ -242,10 +242,12 @@ def _check_whole_rows(config: RunConfig, name: str, *, vocab_size: int) -> None:
     answers = config.train.num_prompts_per_step * rollout.num_generations_per_prompt
     size = answers * rollout.max_new_tokens * vocab_size * 4
     if size > limit * 1e9:
+        # transformers in an actor are spoken to as servers are
+        pool = f" (with teachers.{name}.pool=student)" if config.launcher == "ray" else ""
         raise ConfigError(
             f"distillation.top_k: null asks teachers.{name} for up to {size / 1e9:.3g} GB of whole "
             f"rows a step, over distillation.max_remote_gb_per_step={limit:g}; give top_k a "
-            f"number, or set teachers.{name}.backend.type=megatron or hf"
+            f"number, or set teachers.{name}.backend.type=megatron or hf{pool}"
         )
 
 

@@ -20,6 +20,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.e2e]
             {"student__parallel__tensor_model_parallel_size": 1, "pools__student__num_devices": 8},
             "the plan asks for 10 CPU and the Ray cluster has 8 CPU",
         ),
+        (
+            {
+                "pools__student__num_devices": 4,
+                "cluster__num_nodes": 2,
+                "cluster__num_devices_per_node": 2,
+                "teachers__sort__pool": "student",
+                "teachers__upper__pool": "student",
+            },
+            "cluster.num_nodes: the student's ranks are on 2 nodes, and the Ray cluster has 1",
+        ),
     ],
 )
 def test_more_than_the_cluster_has(

@@ -165,6 +165,12 @@ def reserve(plan: Plan, *, start_s: float) -> Iterator[list[Reserved]]:
 
 
 def _refuse_too_much(plan: Plan) -> None:
+    nodes, num_nodes = sum(node["Alive"] for node in ray.nodes()), _num_student_nodes(plan)
+    if num_nodes > nodes:
+        raise ConfigError(
+            f"cluster.num_nodes: the student's ranks are on {num_nodes} nodes, and the Ray cluster "
+            f"has {nodes}; add nodes, or lower it"
+        )
     wanted, there = asked(plan), ray.cluster_resources()
     for name, count in wanted.items():
         if count > there.get(name, 0.0):
@@ -173,6 +179,10 @@ def _refuse_too_much(plan: Plan) -> None:
                 f"{_shown({key: there.get(key, 0.0) for key in wanted})}; add nodes, make pools "
                 "smaller, or let teachers share one (pools.<name>.shared=true)"
             )
+
+
+def _num_student_nodes(plan: Plan) -> int:
+    return max(len(berths_of(pool)) for pool in plan.pools if pool.name == STUDENT)
 
 
 def _shown(resources: Mapping[str, float]) -> str:

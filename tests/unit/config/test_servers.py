@@ -10,7 +10,8 @@ import pytest
 from mopd.config.backends import ServerSection
 from mopd.config.check import _backends, _paths
 from mopd.config.check_losses import check_losses
-from mopd.config.check_servers import check_started, device_shares, is_started
+from mopd.config.check_servers import device_shares, is_started
+from mopd.config.check_started import check_started
 from mopd.config.schema import RunConfig
 
 URL = "http://127.0.0.1:8000"
