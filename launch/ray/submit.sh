@@ -20,12 +20,12 @@ if [[ ${MOPD_RUNS:-} != /* ]]; then
     exit 2
 fi
 
-# What recipes read from the environment, as JSON; values may hold anything.
+# What recipes and their ranks read from the environment, as JSON; values may hold anything.
 environment=$("${MOPD_PYTHON:-python3}" - <<'PYTHON'
 import json
 import os
 
-names = ("MOPD_MODELS", "MOPD_DATA", "HF_HUB_OFFLINE")
+names = ("MOPD_MODELS", "MOPD_DATA", "MOPD_VLLM_PYTHON", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
 variables = {name: os.environ[name] for name in names if name in os.environ}
 # files that git ignores stay here anyway
 excludes = [".git", ".venv", ".venv-vllm", "runs", ".cache"]
