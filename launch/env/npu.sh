@@ -12,9 +12,9 @@ fi
 # default.
 export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-1800}"
 
-# Ranks wait in a collective while the lead samples and teachers score. A minute more than
-# run.stall_s of recipes/cluster.yaml, so that the watchdog speaks first, and a multiple of 68.
-export HCCL_EXEC_TIMEOUT="${HCCL_EXEC_TIMEOUT:-7344}"
+# Ranks wait in a collective while the lead samples and teachers score. Two minutes more
+# than run.stall_s of recipes/cluster.yaml, so that the watchdog speaks first.
+export HCCL_EXEC_TIMEOUT="${HCCL_EXEC_TIMEOUT:-7320}"
 
 # As on GPUs: Megatron's tensor parallelism counts on kernels starting in the order in which they
 # were queued.
