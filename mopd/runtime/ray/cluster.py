@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +26,12 @@ from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 from mopd.runtime.placement import Plan
 from mopd.runtime.ray.berths import RESOURCES, Berth, asked, berths_of
-from mopd.serving.address import is_loopback
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 CONNECT_S = 10.0
 OLDEST = Version("2.52")  # the first one with token authentication
+PROBE_S = 30.0  # for a question that takes half a second
+SENT_AWAY = "InvalidAuthToken"  # how Ray answers a process without the token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,17 +101,35 @@ def _python_path() -> str:
 def refuse_open_cluster(config: RunConfig, address: str) -> None:
     """Whoever reaches a Ray without a token runs code on all of its hosts.
 
+    One of this host alone is no exception: its head listens on every address.
+
     Raises:
         ConfigError: the cluster that was joined is one, and the recipe does not accept that.
     """
-    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    is_local = all(map(is_loopback, hosts))
-    has_token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-    if not (is_local or has_token or config.ray.allow_unauthenticated):
-        raise ConfigError(
-            f"ray.address: {address} asks for no token, so anybody who reaches it runs code there; "
-            "start it with RAY_AUTH_MODE=token, or set ray.allow_unauthenticated=true"
+    if config.ray.allow_unauthenticated or _wants_token():
+        return
+    raise ConfigError(
+        f"ray.address: {address} asks for no token, so anybody who reaches it runs code there; "
+        "start it with RAY_AUTH_MODE=token, or set ray.allow_unauthenticated=true"
+    )
+
+
+def _wants_token() -> bool:
+    """Whether a process without one is sent away: that this one has a token says nothing."""
+    address = ray.get_runtime_context().gcs_address
+    try:
+        done = subprocess.run(
+            # -P: not the ray of a folder that the driver happens to be in
+            [sys.executable, "-P", "-m", "ray.scripts.scripts", "status", "--address", address],
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},  # it sends none
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_S,
         )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode != 0 and SENT_AWAY in done.stderr + done.stdout
 
 
 def device_of(config: RunConfig) -> DeviceKind:

@@ -48,6 +48,8 @@ class LocalHead:
         words = ["-m", "ray.scripts.scripts", "start", "--head", "--block"]
         words += ["--include-dashboard=false", "--disable-usage-stats"]
         words += ["--port", str(self._port), "--num-cpus", str(num_cpus)]
+        # any free ones: Ray's own range for workers holds some of those that this port is from
+        words += ["--min-worker-port", "0", "--max-worker-port", "0"]
         words += ["--temp-dir", str(self._folder)]
         words += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
         with self._log.open("wb") as log:

@@ -156,6 +156,8 @@ def _vllm(job: HostJob, engine: HostEngine) -> ServerProcess:
             number=engine.number,
             device=DEVICE_NAMES[job.device],
             devices=names,
+            # Ray hides no accelerator from an actor that has none
+            hides_devices=job.device == "cpu",
         ),
         host=job.address,
         port=engine.port,

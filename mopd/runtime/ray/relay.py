@@ -10,6 +10,7 @@ from collections import deque
 from typing import TextIO
 
 MAX_LINES = 10_000  # that wait to be asked for; the oldest go
+MAX_CHARACTERS = 100_000  # of a line that has no end yet
 
 Line = tuple[bool, str]  # whether it is an error, and the text
 
@@ -29,8 +30,11 @@ class Relay(io.TextIOBase):
 
     def write(self, text: str) -> int:
         with self._lock:
-            *whole, self._rest = (self._rest + text).split("\n")
-            self._lines.extend((self._is_error, line) for line in whole)
+            *whole, rest = map(_overwritten, (self._rest + text).split("\n"))
+            if len(rest) > MAX_CHARACTERS:
+                whole, rest = [*whole, rest], ""
+            self._rest = rest
+            self._lines.extend((self._is_error, line.rstrip("\r")) for line in whole)
         self._beneath.write(text)
         return len(text)
 
@@ -40,6 +44,12 @@ class Relay(io.TextIOBase):
     def fileno(self) -> int:
         """Of the file beneath: for faulthandler, which writes past this object."""
         return self._beneath.fileno()
+
+
+def _overwritten(line: str) -> str:
+    """What a terminal shows of it: bars of progress begin with a carriage return each time."""
+    text = line.rstrip("\r")
+    return text.rpartition("\r")[2] + line[len(text) :]
 
 
 class Printed:
