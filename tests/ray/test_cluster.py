@@ -72,7 +72,7 @@ def _reserve(*, ranks: int, teachers: int, start_s: float) -> None:
 
 
 def _asks_for_too_much() -> None:
-    _reserve(ranks=4, teachers=2, start_s=300.0)
+    _reserve(ranks=4, teachers=2, start_s=20.0)
 
 
 def test_more_than_there_is_is_refused_with_numbers(call: Call) -> None:
@@ -90,7 +90,7 @@ def _while_three_are_held() -> tuple[str, float]:
     held = placement_group([{"NPU": 3.0}])
     assert held.wait(30)
     try:
-        _reserve(ranks=1, teachers=2, start_s=0.5)
+        _reserve(ranks=1, teachers=2, start_s=5.0)  # the student is served
     except ConfigError as error:
         return str(error), _free(wanted=1.0)  # what it had got is given back
     finally:
@@ -101,7 +101,7 @@ def _while_three_are_held() -> tuple[str, float]:
 def test_what_is_not_free_in_time_is_refused(call: Call) -> None:
     said, left = call(_while_three_are_held)
     assert "pools.math: 1 CPU and 1 NPU on each of 2 nodes or places" in said
-    assert "ray.start_s=0.5 s" in said
+    assert "ray.start_s=5 s" in said
     assert "of 4 NPU free" in said
     assert "\n" not in said
     assert left == 1.0

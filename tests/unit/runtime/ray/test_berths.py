@@ -54,14 +54,17 @@ CASES: dict[str, tuple[RunConfig, DeviceKind, Shown]] = {
         recipe(
             ranks=2,
             nodes=2,
-            per_node=2,
-            teachers={"math": ("judges", 2, 1)},
-            pools={"judges": SHARED | {"num_devices": 2}},
+            per_node=3,
+            teachers={"math": ("judges", 4, 1), "code": ("judges", 1, 3)},
+            pools={"judges": SHARED | {"num_devices": 4}},
         ),
         "gpu",
         {
             "student": [(GPUS_2, "student 0, student 1")],
-            "judges": [(GPUS_2, "math 0, math 1")],
+            "judges": [
+                (GPU, "math 3"),
+                ({"CPU": 3.0, "GPU": 3.0}, "math 0, math 1, math 2, code 0"),
+            ],
         },
     ),
     "the student over two nodes: its groups are not torn": (

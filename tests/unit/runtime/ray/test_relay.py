@@ -6,6 +6,8 @@ import faulthandler
 import io
 import sys
 import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -106,22 +108,29 @@ def test_faulthandler_writes_past_it(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "test_faulthandler_writes_past_it" in (tmp_path / "err").read_text()
 
 
-def test_threads_tear_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One writes while another one takes."""
+class _Slow(str):
+    """Lets another thread go on while it is put behind what was there."""
+
+    def __radd__(self, other: str) -> str:
+        time.sleep(0.001)
+        return f"{other}{self}"
+
+
+def test_threads_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines mix as they do in a terminal, one has no end yet, and nothing is missing."""
     printed = begin(monkeypatch)
-    found: list[relay.Line] = []
 
     def write(name: str) -> None:
-        for _ in range(500):
-            sys.stdout.write(f"{name * 20}\n")
+        for _ in range(20):
+            sys.stdout.write(_Slow(name))
 
     threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
     for thread in threads:
         thread.start()
-    while any(thread.is_alive() for thread in threads):
-        found += printed.take()
-    found += printed.take()
-    assert sorted(texts(found)) == ["a" * 20] * 500 + ["b" * 20] * 500
+    for thread in threads:
+        thread.join()
+    print()
+    assert Counter("".join(texts(printed.take()))) == {"a": 20, "b": 20}
 
 
 def test_a_folder_that_a_node_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
