@@ -114,7 +114,7 @@ def _over_two_nodes() -> str:
 
     plan = place(recipe(ranks=2, nodes=2, per_node=1), device="npu")
     try:
-        with reserve(plan, start_s=0.5):
+        with reserve(plan, start_s=4.0):
             return "on one node"
     except ConfigError as error:
         return str(error)
