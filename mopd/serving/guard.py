@@ -1,8 +1,9 @@
 """Runs a command in a process group that ends with whoever started it.
 
 `python -I guard.py WORDS...` with a pipe as its standard input: when the pipe closes, also because
-the writer was killed, the whole group of the command is ended. Standard library only, and run as a
-file: this folder must stay off its path, for the names that it shares with the library.
+the writer was killed, the whole group of the command is ended, and the folder that
+``MOPD_GUARD_FOLDER`` names is removed. Standard library only, and run as a file: this folder must
+stay off its path, for the names that it shares with the library.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 GRACE_SECONDS = 10.0
+FOLDER_VARIABLE = "MOPD_GUARD_FOLDER"  # of the command, which its starter may not live to remove
 
 
 def main(words: list[str]) -> int:
@@ -34,6 +37,8 @@ def main(words: list[str]) -> int:
                 break
     finally:
         _end_group(process)
+        if folder := os.environ.get(FOLDER_VARIABLE):
+            shutil.rmtree(folder, ignore_errors=True)
     code = process.returncode
     return code if code >= 0 else 128 - code
 

@@ -26,7 +26,7 @@ from mopd.runtime.ray.relay import Line
 from mopd.runtime.ray.students import Students
 from mopd.runtime.ray.watched import Gone, wait_for_news
 from mopd.runtime.served import FOLDER
-from mopd.runtime.signals import Interrupt
+from mopd.runtime.signals import STOPPED, Interrupt
 
 LOOK_S = 0.5
 PROCESSES = "processes.json"  # beside the engines' logs: address and process of every actor
@@ -106,8 +106,46 @@ class _Driver:
 
     def run(self, interrupt: Interrupt) -> Ending:
         """Until the student ended for good."""
-        self._students.gather()  # whose devices engines may share
-        self._hosts = hosts = Hosts(
+        told = False
+        while True:
+            interrupt.check()
+            if interrupt.is_stopping and not self._students.are_training:
+                said = "stopped before it trained; the same command continues"
+                return Ending(code=STOPPED, message=said, is_error=False)
+            if interrupt.is_stopping and not told:
+                told = True
+                self._students.stop()
+            try:
+                ending = self._look()
+            except (Gone, Moved) as error:
+                if interrupt.is_stopping:
+                    return Ending(code=1, message=f"error: {error} while it was told to stop")
+                self._again(str(error))
+                continue
+            if ending is not None:
+                return ending
+            engines = [] if self._hosts is None else self._hosts.watched
+            wait_for_news([*self._students.watched, *engines], seconds=LOOK_S)
+
+    def _look(self) -> Ending | None:
+        """One round: starts what is missing; how the run ended, once it has.
+
+        Raises:
+            Gone, Moved: all ranks have to start again.
+        """
+        students = self._students
+        if not students.are_there:
+            students.gather()
+        if self._hosts is None:  # whose devices engines may share
+            self._hosts = self._started()
+        self._hosts.poll()
+        if self._hosts.are_placed and not students.are_training:
+            students.begin(self._hosts.urls)
+        self._note_processes(self._hosts)
+        return students.poll()
+
+    def _started(self) -> Hosts:
+        hosts = Hosts(
             self._config,
             self._reserved,
             directory=self._directory,
@@ -116,28 +154,7 @@ class _Driver:
             say=_say,
         )
         hosts.start()
-        self._students.begin(hosts.urls)
-        told = False
-        while True:
-            interrupt.check()
-            if interrupt.is_stopping and not told:
-                told = True
-                self._students.stop()
-            try:
-                if not self._students.are_training:
-                    self._students.gather()
-                    self._students.begin(hosts.urls)
-                hosts.poll()
-                self._note_processes(hosts)
-                ending = self._students.poll()
-            except (Gone, Moved) as error:
-                if interrupt.is_stopping:
-                    return Ending(code=1, message=f"error: {error} while it was told to stop")
-                self._again(str(error))
-                continue
-            if ending is not None:
-                return ending
-            wait_for_news([*self._students.watched, *hosts.watched], seconds=LOOK_S)
+        return hosts
 
     def _note_processes(self, hosts: Hosts) -> None:
         """For people, and for whoever looks from outside."""
@@ -163,9 +180,11 @@ class _Driver:
         )
 
     def close(self) -> None:
-        self._students.kill()
-        if self._hosts is not None:
-            self._hosts.close()
+        try:
+            self._students.kill()
+        finally:
+            if self._hosts is not None:
+                self._hosts.close()
 
 
 def _say(message: str) -> None:

@@ -59,7 +59,11 @@ class LocalHead:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
+                env={
+                    **os.environ,
+                    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+                    guard.FOLDER_VARIABLE: str(self._folder),
+                },
                 start_new_session=True,
             )
 

@@ -71,12 +71,12 @@ class EngineHost:
         self._closed = threading.Event()
         self._ready = threading.Event()
 
-    def place(self) -> Place:
-        return place()
-
-    def ports(self, address: str, count: int) -> list[int]:
-        """Free at this moment."""
-        return free_ports(count, host=address)
+    def settle(self, address: str | None, count: int) -> tuple[Place, str, tuple[int, ...]]:
+        """Where it is, what its engines bind to (None: its node's address), and as many ports that
+        are free at this moment."""
+        here = place()
+        bound = address or here.address
+        return here, bound, tuple(free_ports(count, host=bound))
 
     def serve(self, job: HostJob) -> Ending:
         """Until `close`; an engine that cannot be started, or stays away, ends it early."""

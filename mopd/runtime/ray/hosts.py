@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ class _Host:
     reserved: Reserved
     name: str
     watched: Watched[News] | None = None
+    settling: Any = None  # the answer of an actor that is starting
+    began: float = 0.0
     address: str = ""
     ports: tuple[int, ...] = ()
     pids: list[int] = field(default_factory=list)
@@ -98,29 +101,46 @@ class Hosts:
         return {
             f"{host.name} {number}": [host.address, host.pids[-1]]
             for number, host in enumerate(self._hosts)
+            if host.pids
         }
 
+    @property
+    def are_placed(self) -> bool:
+        """Whether `urls` has all of them; they may still be loading."""
+        return all(host.ports and host.settling is None for host in self._hosts)
+
     def start(self) -> None:
-        """Begins to load all of them side by side, and does not wait for that."""
+        """Begins to start all of them side by side; `poll` goes on with it."""
         for host in self._hosts:
             self._spawn(host)
 
     def _spawn(self, host: _Host) -> None:
         actor = self._actor(host.reserved)
-        ray_section = self._config.ray
-        host.watched = Watched(
-            host.name, actor, pause_s=NEWS_PAUSE_S, silent_s=ray_section.silent_s
-        )
-        place: Place = value_of(actor.place.remote(), name=host.name, timeout_s=ray_section.start_s)
-        address = _bound(place.address)
-        if address != host.address:
-            host.address = address
-            count = len(host.reserved.berth.engines)
-            found = value_of(actor.ports.remote(address, count), name=host.name)
-            host.ports = tuple(found)
-        host.watched.begin(actor.serve.remote(self._job(host, place)))
-        host.pids.append(place.pid)
+        silent_s = self._config.ray.silent_s
+        host.watched = Watched(host.name, actor, pause_s=NEWS_PAUSE_S, silent_s=silent_s)
+        # the loopback where no other node has to reach it
+        address = LOOPBACK if len(node_addresses()) == 1 else None
+        count = len(host.reserved.berth.engines)
+        host.settling, host.began = actor.settle.remote(address, count), time.monotonic()
+        host.watched.begin(host.settling)
         host.is_ready = False
+
+    def _settle(self, host: _Host, watched: Watched[News]) -> None:
+        """Goes on with an actor once it is there: at the address that it had before, if it can."""
+        start_s = self._config.ray.start_s
+        if not is_done(host.settling):
+            if time.monotonic() - host.began > start_s:
+                raise MopdError(f"{host.name}: was not started within ray.start_s={start_s:g} s")
+            return
+        place, address, ports = value_of(host.settling, name=host.name)
+        host.settling = None
+        has_moved = host.address not in ("", address)
+        if address != host.address:
+            host.address, host.ports = address, ports
+        watched.begin(watched.actor.serve.remote(self._job(host, place)))
+        host.pids.append(place.pid)
+        if has_moved:
+            raise Moved(f"{host.name} is on another node now")
 
     def _actor(self, reserved: Reserved) -> Any:
         berth = reserved.berth
@@ -172,17 +192,24 @@ class Hosts:
         """Prints their news, and starts again whoever died.
 
         Raises:
-            ConfigError: one cannot be started at all.
+            ConfigError: the recipe does not let one be started.
+            MopdError: one does not start.
             Moved: one came back on another node.
         """
         for host in self._hosts:
             if host.watched is None or host.is_over:
                 continue
             try:
-                self._look(host, host.watched)
+                if host.settling is None:
+                    self._look(host, host.watched)
+                else:
+                    self._settle(host, host.watched)
             except Gone as error:
                 self._again(host, str(error))
             except RayError as error:  # a mistake of ours inside the actor
+                self._say(str(error))  # where it was made
+                if not host.is_ready:
+                    raise MopdError(f"{host.name}: cannot start: {_last_line(error)}") from error
                 self._again(host, f"{host.name} failed: {_last_line(error)}")
 
     def _look(self, host: _Host, watched: Watched[News]) -> None:
@@ -209,34 +236,30 @@ class Hosts:
         backends = backends_of(self._config)
         most = max(backends[owner].server.max_restarts for owner in owners)
         if host.restarts == most:
-            host.is_over = True
+            host.is_over, host.watched, host.settling = True, None, None
             key = sorted(owners)[0]
-            self._say(
-                f"{why} and stays away after {most} restarts; see {key}.backend.server.max_restarts"
-            )
+            why = f"{why} and stays away after {most} restarts"
+            why = f"{why}; see {key}.backend.server.max_restarts"
+            if not host.ports:
+                raise MopdError(why)
+            self._say(why)
             return
         host.restarts += 1
         self._say(f"{why}: starting it again, {host.restarts} of {most}")
-        before = host.address
         self._spawn(host)
-        if host.address != before:
-            raise Moved(f"{host.name} is on another node now")
 
     def close(self) -> None:
         """They end what they started before they are ended themselves."""
-        alive = [one for one in self.watched if one.work is not None and not is_done(one.work)]
-        for one in alive:
-            one.actor.close.remote()
-        ray.wait(
-            [one.work for one in alive], num_returns=len(alive), timeout=CLOSE_S
-        ) if alive else None
-        for one in self.watched:
-            one.kill()
-
-
-def _bound(address: str) -> str:
-    """The loopback where no other node has to reach it."""
-    return LOOPBACK if len(node_addresses()) == 1 else address
+        serving = [host.watched for host in self._hosts if host.watched and host.settling is None]
+        alive = [one for one in serving if not is_done(one.work)]
+        try:
+            for one in alive:
+                one.actor.close.remote()
+            if alive:
+                ray.wait([one.work for one in alive], num_returns=len(alive), timeout=CLOSE_S)
+        finally:
+            for one in self.watched:
+                one.kill()
 
 
 def _last_line(error: BaseException) -> str:

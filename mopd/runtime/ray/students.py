@@ -60,6 +60,7 @@ class Students:
         self._places: list[Place] = []
         self._earlier: dict[str, list[int]] = {}
         self._first_end: float | None = None
+        self.are_training = False
         self.watched: list[Watched[list[Line]]] = []
 
     @property
@@ -80,9 +81,10 @@ class Students:
         """Starts a process for every rank; `begin` makes them train.
 
         Raises:
-            Gone: one died at once.
+            Gone: one died at once, or has no place to start.
         """
         section = self._config.ray
+        self.are_training = False
         self._first_end = None
         self.watched = [
             Watched(
@@ -94,7 +96,16 @@ class Students:
             for one, member in self._members
         ]
         asked = [(one.name, one.actor.place.remote()) for one in self.watched]
-        self._places = [value_of(ref, name=n, timeout_s=section.start_s) for n, ref in asked]
+        deadline = time.monotonic() + section.start_s
+        try:
+            self._places = [
+                value_of(ref, name=n, timeout_s=max(0.0, deadline - time.monotonic()))
+                for n, ref in asked
+            ]
+        except TimeoutError as error:
+            raise Gone(
+                f"not every rank was started within ray.start_s={section.start_s:g} s"
+            ) from error
 
     def _actor(self, reserved: Reserved) -> Any:
         has = resources(reserved.berth.device, 1)
@@ -126,6 +137,7 @@ class Students:
                 earlier=earlier,
             )
             one.begin(one.actor.run.remote(job))
+        self.are_training = True
         for place in self._places:
             self._earlier.setdefault(place.address, []).append(place.pid)
 
@@ -198,7 +210,8 @@ class Students:
             one.actor.stop.remote()
 
     @property
-    def are_training(self) -> bool:
+    def are_there(self) -> bool:
+        """Whether `begin` may be called."""
         return bool(self.watched)
 
     def kill(self) -> None:
@@ -206,6 +219,7 @@ class Students:
         for one in self.watched:
             one.kill()
         self.watched = []
+        self.are_training = False
 
 
 # What a user sets for a run, and the actors' processes would not have from a cluster's start.

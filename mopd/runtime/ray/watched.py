@@ -27,25 +27,28 @@ class Watched(Generic[NewsT]):
         self.name = name
         self.actor = actor
         self.work: Any = None
+        self._is_over = False
         self._pause_s = pause_s
         self._silent_s = silent_s
         self._question: Any = None
         self._asked = 0.0
 
     def begin(self, work: Any) -> None:
-        """Once; `look` may be called from then on."""
+        """Once."""
         self.work = work
 
     @property
     def waiting(self) -> list[Any]:
         """What becomes ready when there is something to look at."""
-        return [one for one in (self.work, self._question) if one is not None]
+        # what ended is ready for ever
+        found = () if self._is_over else (self.work, self._question)
+        return [one for one in found if one is not None]
 
     def look(self) -> NewsT | None:
         """The answer to the last question, when it is there; asks the next one.
 
         Raises:
-            Gone: it is dead or was silent for too long; in either case it is dead now.
+            Gone: it is dead, cannot be reached, or was silent for too long.
         """
         now = time.monotonic()
         if self._question is None:
@@ -74,12 +77,15 @@ class Watched(Generic[NewsT]):
         return [value_of(one, name=self.name, timeout_s=timeout_s) for one in asked]
 
     def result(self) -> Any:
-        """What the work returned, None while it goes on.
+        """What the work returned, None before it begins and while it goes on.
 
         Raises:
             Gone: it ended with the process.
         """
-        return value_of(self.work, name=self.name) if is_done(self.work) else None
+        if self.work is None or not is_done(self.work):
+            return None
+        self._is_over = True
+        return value_of(self.work, name=self.name)
 
     def kill(self) -> None:
         """At once, without a word."""
