@@ -2,8 +2,9 @@
 
 `python -I guard.py WORDS...` with a pipe as its standard input: when the pipe closes, also because
 the writer was killed, the whole group of the command is ended, and the folder that
-``MOPD_GUARD_FOLDER`` names is removed. Standard library only, and run as a file: this folder must
-stay off its path, for the names that it shares with the library.
+``MOPD_GUARD_FOLDER`` names is removed; that of a command that ended by itself stays, to be read.
+Standard library only, and run as a file: this folder must stay off its path, for the names that it
+shares with the library.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ def main(words: list[str]) -> int:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides
+    # out of the environment: the command may start guards of its own
+    folder, has_ended = os.environ.pop(FOLDER_VARIABLE, None), False
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
-        while process.poll() is None and not asked:
+        while not (has_ended := process.poll() is not None) and not asked:
             readable, _, _ = select.select([0], [], [], 0.2)
             if readable and not os.read(0, 4096):
                 break
@@ -37,7 +40,7 @@ def main(words: list[str]) -> int:
                 break
     finally:
         _end_group(process)
-        if folder := os.environ.get(FOLDER_VARIABLE):
+        if folder is not None and not has_ended:
             shutil.rmtree(folder, ignore_errors=True)
     code = process.returncode
     return code if code >= 0 else 128 - code

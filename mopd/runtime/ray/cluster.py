@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ray
 from packaging.version import Version
+from ray.exceptions import RayError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -59,7 +60,7 @@ def join(address: str) -> None:
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise ConfigError(
             f"ray.address: {address} cannot be joined ({str(error).splitlines()[0]}); start the "
             "cluster (launch/ray/), or leave the address out for one of this host"

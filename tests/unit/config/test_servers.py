@@ -10,6 +10,7 @@ import pytest
 from mopd.config.backends import ServerSection
 from mopd.config.check import _backends, _paths
 from mopd.config.check_losses import check_losses
+from mopd.config.check_rollout import check_rollout
 from mopd.config.check_servers import device_shares, is_started
 from mopd.config.check_started import check_started
 from mopd.config.schema import RunConfig
@@ -138,6 +139,28 @@ def test_a_sampler_is_started_in_server_mode_only() -> None:
     )
     (found,) = check_started(config)
     assert found.startswith("rollout.backend.server.max_restarts: is only read")
+
+
+@pytest.mark.parametrize("owner", ["rollout", "teachers.a"])
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+def test_transformers_in_an_actor_has_the_keys_of_its_requests(owner: str, launcher: str) -> None:
+    keys = {"restart_budget_s": 5, "server": {"max_restarts": 0, "replicas": 2}}
+    section = {"backend": {"type": "hf", **keys}}
+    config = RunConfig.model_validate(
+        {
+            "launcher": launcher,
+            "teachers": {"a": {"model": "x"} | (section if owner != "rollout" else {})},
+            "rollout": section | {"pool": "apart"} if owner == "rollout" else {},
+        }
+    )
+    found = [
+        *_backends(config),
+        *check_rollout(config, world_size=1),
+        *check_started(config),
+    ]
+    told = sorted(text.partition(":")[0].removeprefix(f"{owner}.backend.") for text in found)
+    refused = ["restart_budget_s", "server.max_restarts", "server.replicas"]
+    assert told == ([] if launcher == "ray" else refused)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -68,6 +69,38 @@ def test_a_killed_starter_ends_the_group(also: str) -> None:
     starter.wait()
     starter.stdout.close()
     assert wait_until_gone(grandchild, seconds=8.0)
+
+
+def test_a_killed_starter_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "of the command"
+    (folder / "below").mkdir(parents=True)
+    monkeypatch.setenv(shipped.FOLDER_VARIABLE, str(folder))
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, GUARD, TREE, "nothing"], stdout=subprocess.PIPE
+    )
+    assert starter.stdout is not None
+    grandchild = int(starter.stdout.readline())
+    starter.send_signal(signal.SIGKILL)
+    starter.wait()
+    starter.stdout.close()
+    assert wait_until_gone(grandchild, seconds=8.0)
+    deadline = time.monotonic() + 8.0
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not folder.exists()
+
+
+def test_a_command_that_ends_leaves_its_folder_to_its_starter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(shipped.FOLDER_VARIABLE, str(tmp_path))
+    said = f"import os; print({shipped.FOLDER_VARIABLE!r} in os.environ)"  # guards below have none
+    words = [sys.executable, "-I", GUARD, sys.executable, "-c", said]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guard:
+        assert guard.stdout is not None
+        assert guard.stdout.read() == b"False\n"
+        assert guard.wait(timeout=30) == 0
+    assert tmp_path.exists()
 
 
 @pytest.mark.parametrize(
