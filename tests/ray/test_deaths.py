@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from tests.helpers.runs import launch, start, step_lines, summary
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
 
 STEPS, INTERVAL = 12, 4
-VICTIMS = {2: "teachers.sort", 5: "rollout", 9: "rank 1"}  # after so many steps
+# After so many steps. Before the first one, an actor that loads its model.
+VICTIMS = {0: "teachers.upper", 2: "teachers.sort", 5: "rollout", 9: "rank 1"}
 
 
 def _words(world: World, directory: Path, name: str, address: str) -> list[str]:
@@ -32,8 +34,11 @@ def _words(world: World, directory: Path, name: str, address: str) -> list[str]:
 
 
 def _kill(run: Path, victim: str) -> None:
-    pid = next(pid for name, pid in processes(run).items() if name.startswith(victim))
-    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60.0
+    while not (pids := [pid for name, pid in processes(run).items() if name.startswith(victim)]):
+        assert time.monotonic() < deadline, f"{victim} does not start"
+        time.sleep(0.02)
+    os.kill(pids[0], signal.SIGKILL)
 
 
 def _counted(run: Path) -> list[dict[str, object]]:
@@ -56,14 +61,14 @@ def test_a_run_survives_every_kind_of_actor(
     try:
         for step, victim in VICTIMS.items():
             wait_for_step(run, step, process, seconds=120)
-            met |= set(processes(run).values())
             _kill(run, victim)
+            met |= set(processes(run).values())
         _, said = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 0, said
     met |= set(processes(run).values())
-    assert len(met) >= 4 + 2 + 2  # two ranks twice, one teacher and the sampler twice, one once
+    assert len(met) >= 5 + 2 + 3  # everybody twice
     assert _counted(run) == _counted(tmp_path / "clean")
     assert summary(run)["answers"] == summary(tmp_path / "clean")["answers"]
     assert summary(run)["domains"] == summary(tmp_path / "clean")["domains"]
@@ -88,3 +93,24 @@ def test_sigterm_saves_and_the_same_command_continues(
     process.communicate(timeout=120)
     assert process.returncode == 143
     assert list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.timeout(300)
+def test_a_mistake_is_told_and_not_tried_again(
+    tiny_world: World, ray_address: str, tmp_path: Path
+) -> None:
+    overrides = words(
+        tiny_world,
+        tmp_path,
+        "mistaken",
+        address=ray_address,
+        distillation__loss="opd",
+        teachers__sort__backend__type="custom",
+        teachers__sort__backend__target="tests.helpers.mistaken:Mistaken",
+        evaluate__teachers="false",
+    )
+    done = launch("mopd_ctkd", overrides)
+    assert done.returncode == 1, done.stderr
+    assert "LookupError: a mistake of this teacher's own" in done.stderr
+    assert "start again" not in done.stdout
+    assert none_left(list(processes(tmp_path / "mistaken").values()))
