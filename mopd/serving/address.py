@@ -10,8 +10,9 @@ import socket
 from contextlib import ExitStack
 
 LOOPBACK = "127.0.0.1"
-# Below the range from which systems take ports for outgoing connections.
-PORTS = range(18_000, 32_000)
+# Below the range from which systems take ports for outgoing connections, above those of Ray's
+# workers (10002 to 19999), on which `ray start` refuses to listen.
+PORTS = range(20_000, 32_000)
 ANY_PORT = 9  # a route is looked up, nothing is sent
 
 

@@ -34,6 +34,13 @@ def test_urls(host: str, url: str) -> None:
     assert base_url(host, 80) == url
 
 
+def test_no_port_is_one_of_rays_workers() -> None:
+    """`ray start --port` refuses those, and its workers take them as they come."""
+    start = pytest.importorskip("ray.scripts.scripts").start
+    defaults = {option.name: option.default for option in start.params}
+    assert min(PORTS) > defaults["max_worker_port"]
+
+
 def test_a_port_is_free_unless_somebody_listens() -> None:
     with bound(LOOPBACK, 0, reuse=True) as held:
         port = held.getsockname()[1]
