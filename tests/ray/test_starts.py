@@ -33,7 +33,9 @@ def joined(ray_address: str) -> Iterator[None]:
 
     from mopd.runtime.ray.cluster import join
 
+    before = signal.getsignal(signal.SIGTERM)
     join(ray_address)
+    assert signal.getsignal(signal.SIGTERM) is before  # not the one of Ray, which exits with 15
     try:
         yield
     finally:
@@ -45,7 +47,7 @@ def _watched() -> Any:
 
     from mopd.runtime.ray.watched import Watched
 
-    actor = ray.remote(Worker).options(num_cpus=0, max_concurrency=4).remote()
+    actor: Any = ray.remote(Worker).options(num_cpus=0, max_concurrency=4).remote()
     return Watched("worker", actor, pause_s=0.0, silent_s=SILENT_S)
 
 

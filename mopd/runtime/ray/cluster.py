@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +55,7 @@ def join(address: str) -> None:
     _refuse_nobody(address)
     # Ray's own printing would come twice and late: actors keep their lines (relay.py)
     logging.getLogger("ray").setLevel(logging.ERROR)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address,
@@ -65,6 +68,9 @@ def join(address: str) -> None:
             f"ray.address: {address} cannot be joined ({str(error).splitlines()[0]}); start the "
             "cluster (launch/ray/), or leave the address out for one of this host"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's would end the driver with exit code 15
 
 
 def _refuse_nobody(address: str) -> None:
