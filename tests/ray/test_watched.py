@@ -93,7 +93,7 @@ def test_news_and_the_result(call: Call) -> None:
     found, before, result, waiting = call(_answers)
     assert found == [None, 1, 2, 3]
     assert (before, result) == (None, "done")
-    assert waiting in (1, 2)
+    assert waiting in (0, 1)  # of the work that is over nobody waits
 
 
 def _pauses() -> int:

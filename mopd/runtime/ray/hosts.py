@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from mopd.serving.address import LOOPBACK, base_url
 
 NEWS_PAUSE_S = 1.0
 CLOSE_S = 30.0
+LAST_WORDS_S = 5.0
 
 Say = Callable[[str], None]
 
@@ -216,6 +218,9 @@ class Hosts:
         if is_done(watched.work):
             ending: Ending = watched.result()
             host.is_over = True
+            with contextlib.suppress(Gone, TimeoutError):
+                for last in watched.last_look(timeout_s=LAST_WORDS_S):
+                    self._tell(host, last)
             if ending.code == 2:
                 raise ConfigError(ending.message.removeprefix("error: "))
             self._say(f"{host.name}: {ending.message or 'ended'}")
@@ -223,11 +228,14 @@ class Hosts:
         news = watched.look()
         if news is None:
             return
-        for _, line in news.lines:
-            self._say(f"{host.name}: {line}" if host.name not in line else line)
+        self._tell(host, news)
         if news.is_ready and not host.is_ready:
             host.is_ready = True
             self._say(f"{host.name}: ready")
+
+    def _tell(self, host: _Host, news: News) -> None:
+        for _, line in news.lines:
+            self._say(line if host.name in line else f"{host.name}: {line}")
 
     def _again(self, host: _Host, why: str) -> None:
         assert host.watched is not None
