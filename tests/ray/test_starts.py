@@ -1,4 +1,4 @@
-"""What the driver learns of a process that ends, stops or cannot start."""
+"""What joining a cluster changes in the driver, and what it waits for."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.ray_attached import Call, attached
+from tests.helpers.ray_runs import none_left
+
 pytestmark = [pytest.mark.ray]
 
-SILENT_S = 1.0
+
+@pytest.fixture(scope="module")
+def call(ray_address: str) -> Iterator[Call]:
+    with attached(ray_address) as found:
+        yield found
 
 
 class Worker:
-    def place(self) -> int:
+    def pid(self) -> int:
         return os.getpid()
 
     def work(self, seconds: float) -> str:
@@ -27,63 +34,69 @@ class Worker:
         return "well"
 
 
-@pytest.fixture(scope="module")
-def joined(ray_address: str) -> Iterator[None]:
-    import ray
-
-    from mopd.runtime.ray.cluster import join
-
-    before = signal.getsignal(signal.SIGTERM)
-    join(ray_address)
-    assert signal.getsignal(signal.SIGTERM) is before  # not the one of Ray, which exits with 15
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def _watched() -> Any:
     import ray
 
     from mopd.runtime.ray.watched import Watched
 
     actor: Any = ray.remote(Worker).options(num_cpus=0, max_concurrency=4).remote()
-    return Watched("worker", actor, pause_s=0.0, silent_s=SILENT_S)
+    return Watched("worker", actor, pause_s=0.0, silent_s=60.0)
 
 
-def _until(found: Any, *, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_what_ended_is_not_waited_for(joined: None) -> None:
-    """It stays ready: the driver would look without a pause until the last one has ended."""
+def _pause_of_what_ended() -> tuple[Any, float]:
     from mopd.runtime.ray.watched import wait_for_news
 
     watched = _watched()
-    assert watched.result() is None  # it was not asked yet
+    before = watched.result()
     watched.begin(watched.actor.work.remote(0.0))
-    _until(lambda: watched.result() == "done")
+    deadline = time.monotonic() + 30
+    while watched.result() != "done" and time.monotonic() < deadline:
+        time.sleep(0.02)
     watched.look()
     began = time.monotonic()
     wait_for_news([watched], seconds=0.5)
-    assert time.monotonic() - began > 0.4
+    took = time.monotonic() - began
     watched.kill()
+    return before, took
 
 
-def test_a_process_that_stops_is_ended(joined: None) -> None:
+def test_what_ended_is_not_waited_for(call: Call) -> None:
+    """It stays ready: the driver would look without a pause until the last one has ended."""
+    before, took = call(_pause_of_what_ended)
+    assert before is None and took > 0.4
+
+
+def _waited_for_a_killed_one() -> int:
+    import ray
+
     from mopd.runtime.ray.rank import wait_until_gone
-    from mopd.runtime.ray.watched import Gone, value_of
-    from tests.helpers.ray_runs import none_left
 
     watched = _watched()
-    pid = value_of(watched.actor.place.remote(), name="worker")
-    watched.begin(watched.actor.work.remote(60.0))
-    _until(lambda: watched.look() == "well")
-    os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(Gone, match="worker was silent for 1 s"):
-        _until(lambda: watched.look() == "never")
+    pid = ray.get(watched.actor.pid.remote())
+    os.kill(pid, signal.SIGKILL)
     wait_until_gone((pid,))
-    assert none_left([pid], seconds=0.1)
+    return pid
+
+
+def test_a_process_that_was_killed_is_waited_for(call: Call) -> None:
+    assert none_left([call(_waited_for_a_killed_one)], seconds=0.1)
+
+
+def _handlers() -> tuple[bool, bool]:
+    """Joins again: whether the handler stayed, and whether there was one of Ray in between."""
+    import ray
+
+    from mopd.runtime.ray.cluster import join
+
+    address = ray.get_runtime_context().gcs_address
+    ray.shutdown()
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    join(address)
+    kept = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    signal.signal(signal.SIGTERM, before)
+    return kept, ray.is_initialized()
+
+
+def test_sigterm_keeps_its_meaning(call: Call) -> None:
+    """Ray's own handler would end the driver with exit code 15."""
+    assert call(_handlers) == (True, True)
