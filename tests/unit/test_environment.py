@@ -42,6 +42,9 @@ VARIABLES = {
     "MOPD_FAULT_POINT": "a name",
     "MOPD_MINDSPEED": "a switch",
     "CUDA_DEVICE_MAX_CONNECTIONS": "a number, of Megatron's",
+    "PYTHONPATH": "folders, of Python's",
+    "RAY_ADDRESS": "an address, of Ray's",
+    "RAY_USAGE_STATS_ENABLED": "set for Ray, which reads it",
 }
 
 

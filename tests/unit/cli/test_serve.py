@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def test_a_server_serves_until_it_is_interrupted(tiny_world: World) -> None:
         text=True,
         env=environment,
         cwd=Path(__file__).resolve().parents[3],
+        # who runs the tests in the background ignores it, and children inherit that
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             assert process.stdout is not None
