@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from packaging.version import Version
@@ -22,6 +23,7 @@ from ray.util.placement_group import (
     placement_group,
     remove_placement_group,
 )
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mopd.config.cluster import KINDS, DeviceKind
 from mopd.config.pools import STUDENT
@@ -44,6 +46,24 @@ class Reserved:
     berth: Berth
     group: PlacementGroup
     bundle: int
+
+    def start(self, kind: type, has: Mapping[str, float], *arguments: object) -> Any:
+        """An actor of ``kind`` in the bundle. Ray does not start it again: whoever watches it does.
+
+        Args:
+            has: Ray's resources of its own.
+        """
+        options = ray.remote(kind).options(
+            num_cpus=has.get("CPU", 0.0),
+            num_gpus=has.get("GPU", 0.0),
+            resources={name: has[name] for name in ("NPU",) if name in has} or None,
+            max_concurrency=4,  # its work, and questions beside it
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self.group, placement_group_bundle_index=self.bundle
+            ),
+        )
+        return options.remote(*arguments)
 
 
 def join(address: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import ray
 
-from mopd.config.pools import STUDENT, pools_of
 from mopd.config.schema import RunConfig
 from mopd.errors import MopdError
 from mopd.metrics.text import replace_file
@@ -43,7 +42,7 @@ def drive(config: RunConfig, address: str, *, world: str | None, is_own: bool) -
         if not is_own:
             refuse_open_cluster(config, address)
         plan = _place(config)
-        _say(_described(config, plan))
+        _say(_described(plan))
         with reserve(plan, start_s=config.ray.start_s) as reserved, Interrupt() as interrupt:
             driver = _Driver(config, world, reserved)
             try:
@@ -76,14 +75,12 @@ def _place(config: RunConfig) -> Plan:
     return place(config, device=device)
 
 
-def _described(config: RunConfig, plan: Plan) -> str:
-    found = pools_of(config)
+def _described(plan: Plan) -> str:
     parts = []
     for pool in plan.pools:
-        owners = [STUDENT] if pool.name == STUDENT else []
-        owners += [owner for owner, name in found.items() if name == pool.name]
+        owners = ", ".join(dict.fromkeys(member.owner for member in pool.members))
         shared = " in turns" if pool.shared else ""
-        parts.append(f"{pool.name} ({len(pool.slots)} {pool.device}: {', '.join(owners)}{shared})")
+        parts.append(f"{pool.name} ({len(pool.slots)} {pool.device}: {owners}{shared})")
     return "ray: " + "; ".join(parts)
 
 

@@ -16,8 +16,8 @@ from mopd.environment import VISIBLE_DEVICES
 from mopd.errors import ConfigError, MopdError
 from mopd.runtime.exits import Ending, ending_of
 from mopd.runtime.nodes import Engine
-from mopd.runtime.ray.rank import Place, place, wait_until_gone
-from mopd.runtime.ray.relay import Line, Printed, enter
+from mopd.runtime.ray.rank import Place, enter, place, wait_until_gone
+from mopd.runtime.ray.relay import Line, Printed
 from mopd.runtime.served import FOLDER, IMPORTS, server_launch
 from mopd.serving.address import free_ports
 from mopd.serving.launch import ServerProcess, importable

@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mopd.config.pools import backends_of, shared_pool_of
 from mopd.config.schema import RunConfig
@@ -148,20 +147,7 @@ class Hosts:
         berth = reserved.berth
         beside = bool(berth.ranks)  # whose devices they take turns with
         has = {} if beside else resources(berth.device, len(berth.slots))
-        return (
-            ray.remote(EngineHost)
-            .options(
-                num_cpus=has.get("CPU", 0.0),
-                num_gpus=has.get("GPU", 0.0),
-                resources={"NPU": has["NPU"]} if "NPU" in has else None,
-                max_concurrency=4,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    reserved.group, placement_group_bundle_index=reserved.bundle
-                ),
-            )
-            .remote(self._directory)
-        )
+        return reserved.start(EngineHost, has, self._directory)
 
     def _job(self, host: _Host, place: Place) -> HostJob:
         berth, config = host.reserved.berth, self._config

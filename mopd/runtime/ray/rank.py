@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -13,8 +12,10 @@ import psutil
 import ray
 
 from mopd.config.schema import RunConfig
+from mopd.errors import ConfigError
 from mopd.runtime.exits import Ending, ending_of
-from mopd.runtime.ray.relay import Line, Printed, enter
+from mopd.runtime.ray.relay import Line, Printed
+from mopd.serving.address import free_ports
 
 GONE_S = 20.0  # for processes of an earlier try to disappear
 
@@ -82,9 +83,7 @@ class StudentRank:
 
 def place() -> Place:
     """Of this process."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1, host="")  # of all addresses
     given = ray.get_runtime_context().get_accelerator_ids()
     devices = next((ids for ids in given.values() if ids), [])
     return Place(
@@ -107,3 +106,18 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def enter(directory: str) -> None:
+    """Relative paths of a recipe mean the driver's folder.
+
+    Raises:
+        ConfigError: this node does not have it.
+    """
+    try:
+        os.chdir(directory)
+    except OSError as error:
+        raise ConfigError(
+            f"launcher: {directory} is not on every node ({error.strerror}); start from a shared "
+            "folder"
+        ) from error

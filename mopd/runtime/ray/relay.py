@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import threading
 from collections import deque
@@ -66,20 +65,3 @@ class Printed:
         while self._lines:
             found.append(self._lines.popleft())
         return found
-
-
-def enter(directory: str) -> None:
-    """Relative paths of a recipe mean the driver's folder.
-
-    Raises:
-        ConfigError: this node does not have it.
-    """
-    from mopd.errors import ConfigError
-
-    try:
-        os.chdir(directory)
-    except OSError as error:
-        raise ConfigError(
-            f"launcher: {directory} is not on every node ({error.strerror}); start from a shared "
-            "folder"
-        ) from error

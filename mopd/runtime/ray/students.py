@@ -5,10 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mopd.config.cluster import DEVICE_NAMES
 from mopd.config.schema import RunConfig
@@ -25,6 +21,8 @@ from mopd.serving.address import LOOPBACK
 MAIN_PAUSE_S = 0.25  # between two looks at what the main rank prints
 FOLLOW_S = 10.0  # for the other ranks to end after the first one
 LAST_WORDS_S = 5.0
+# What a user sets for a run, and the actors' processes would not have from a cluster's start.
+_PASSED = ("OMP_NUM_THREADS", "MOPD_VLLM_PYTHON", "MOPD_HOST_ADDRESS")
 
 Print = Callable[[int, Line], None]
 
@@ -52,9 +50,8 @@ class Students:
         self._world = world
         self._key = key
         self._show = show
-        self._berths = [one for one in reserved if one.berth.ranks]
         self._members: list[tuple[Reserved, Member]] = sorted(
-            ((one, member) for one in self._berths for member in one.berth.ranks),
+            ((one, member) for one in reserved for member in one.berth.ranks),
             key=lambda pair: pair[1].number,
         )
         self._places: list[Place] = []
@@ -89,7 +86,7 @@ class Students:
         self.watched = [
             Watched(
                 f"rank {member.number}",
-                self._actor(one),
+                one.start(StudentRank, resources(one.berth.device, 1), self._directory),
                 pause_s=section.heartbeat_s if member.number else MAIN_PAUSE_S,
                 silent_s=section.silent_s,
             )
@@ -106,23 +103,6 @@ class Students:
             raise Gone(
                 f"not every rank was started within ray.start_s={section.start_s:g} s"
             ) from error
-
-    def _actor(self, reserved: Reserved) -> Any:
-        has = resources(reserved.berth.device, 1)
-        return (
-            ray.remote(StudentRank)
-            .options(
-                num_cpus=has["CPU"],
-                num_gpus=has.get("GPU", 0.0),
-                resources={"NPU": has["NPU"]} if "NPU" in has else None,
-                max_concurrency=4,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    reserved.group, placement_group_bundle_index=reserved.bundle
-                ),
-            )
-            .remote(self._directory)
-        )
 
     def begin(self, urls: Mapping[str, tuple[str, ...]]) -> None:
         """All ranks go on from the newest checkpoint."""
@@ -220,7 +200,3 @@ class Students:
             one.kill()
         self.watched = []
         self.are_training = False
-
-
-# What a user sets for a run, and the actors' processes would not have from a cluster's start.
-_PASSED = ("OMP_NUM_THREADS", "MOPD_VLLM_PYTHON", "MOPD_HOST_ADDRESS")

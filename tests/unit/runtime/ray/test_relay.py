@@ -15,7 +15,8 @@ from rich.console import Console
 
 from mopd.errors import ConfigError
 from mopd.runtime.ray import relay
-from mopd.runtime.ray.relay import MAX_CHARACTERS, MAX_LINES, Printed, enter
+from mopd.runtime.ray.rank import enter
+from mopd.runtime.ray.relay import MAX_CHARACTERS, MAX_LINES, Printed
 
 
 def begin(monkeypatch: pytest.MonkeyPatch) -> Printed:
