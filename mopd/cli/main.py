@@ -14,12 +14,20 @@ from mopd import __version__
 from mopd.errors import ConfigError, MopdError
 
 VERBS = {
+    "check": "validate a recipe; with --live also every teacher and the sampler",
     "checkpoint": "list or verify the checkpoints of a run",
+    "compare": "show several runs side by side, as one HTML page",
+    "completion": "print the completion script of a shell",
     "config": "print a recipe, resolved and validated",
+    "eval": "measure a student on held-out prompts",
     "export": "write a checkpoint as a Hugging Face model or a PEFT adapter",
     "plan": "show who sits on which device of the recipe's cluster, and the memory that takes",
     "projection": "build, audit, show or convert the projection of two tokenizers",
+    "recipe": "turn a configuration of another trainer into a recipe",
+    "report": "show a run as one HTML page",
+    "score": "score texts by one teacher: log-probabilities, alignment, loss",
     "serve": "score or sample token ids over HTTP, for runs elsewhere",
+    "study": "run many recipes and seeds, and put them side by side",
     "world": "build the embedded world, or show where it is",
 }
 

@@ -341,7 +341,17 @@ class LoggingSection(Section):
     """`metrics.jsonl` and the terminal are always on."""
 
     tensorboard: bool = True
+    wandb: bool = False  # Weights & Biases; WANDB_MODE=offline works without a network
+    wandb_project: str = "mopd"
     log_interval: PositiveInt = 10  # steps between two lines on the terminal
+    sample_interval: PositiveInt | None = 50  # steps between two whose answers samples.jsonl keeps
+    samples_per_domain: PositiveInt = 4
+
+
+class DebugSection(Section):
+    """What is kept to look into a step."""
+
+    dump_step: NonNegativeInt | None = None  # the step whose tensors go to <run>/dump-<step>
 
 
 class RunConfig(Section):
@@ -365,6 +375,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     journal: JournalSection = JournalSection()
     logging: LoggingSection = LoggingSection()
+    debug: DebugSection = DebugSection()
     cluster: ClusterSection = ClusterSection()
     pools: dict[str, PoolSection] = Field(default_factory=dict)
     ray: RaySection = RaySection()
