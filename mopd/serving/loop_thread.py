@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, wait
@@ -45,13 +46,12 @@ class LoopThread:
             self.loop.close()
 
     async def _end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=CLOSE_S)
+        await _end_tasks()
         async with asyncio.timeout(CLOSE_S):
+            await self.loop.shutdown_asyncgens()  # half-read replies, that hold connections
             await self._release()
+        await asyncio.sleep(0)  # for what the release has set going
+        await _end_tasks()
 
     def run(self, work: Coroutine[Any, Any, T], *, watch: Callable[[], None] | None = None) -> T:
         """The result of a coroutine in this loop.
@@ -90,3 +90,28 @@ class LoopThread:
         if self._thread.is_alive() and self.ended is None:
             self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(timeout=2 * CLOSE_S)
+
+
+async def _end_tasks() -> None:
+    """Cancels every other task of the loop, also those that appear meanwhile, and waits for them.
+
+    One that has not begun is left to begin first: it may wrap a coroutine (anyio's do) that
+    nobody would ever await.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + CLOSE_S
+    asked: set[asyncio.Task[Any]] = set()
+    while (tasks := asyncio.all_tasks() - {asyncio.current_task()}) and loop.time() < end:
+        begun = {task for task in tasks if _has_begun(task)} - asked
+        for task in begun:
+            task.cancel()
+        asked |= begun
+        if tasks <= asked:
+            await asyncio.wait(tasks, timeout=GLANCE_S, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            await asyncio.sleep(0)
+
+
+def _has_begun(task: asyncio.Task[Any]) -> bool:
+    work = task.get_coro()
+    return not inspect.iscoroutine(work) or inspect.getcoroutinestate(work) != inspect.CORO_CREATED

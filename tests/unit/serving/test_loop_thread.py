@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from mopd.serving import loop_thread as loop_thread_module
+from mopd.serving.http import HttpOptions, HttpServer
 from mopd.serving.loop_thread import LoopEnded, LoopThread
 
 
@@ -123,3 +127,58 @@ def test_a_watch_ends_the_work(thread: LoopThread, held: Held) -> None:
     while held.opened < 2 and time.monotonic() < end:
         time.sleep(0.01)
     assert held.opened == 2  # it was cancelled, and the thread goes on
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_closing_at_any_moment_of_a_connection_leaves_nothing(
+    turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a library's task has not begun yet, and where a reply is half read."""
+    left: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: left.append(found.exc_value))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        options = HttpOptions(deadline_s=60.0, connect_s=60.0, max_connections=2)
+        server = HttpServer(f"http://127.0.0.1:{listening.getsockname()[1]}", options)
+        thread = LoopThread("test", release=server.close)
+
+        async def begin() -> None:
+            asking = [asyncio.create_task(server.request("GET", "/", max_bytes=9)) for _ in "ab"]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            thread.loop.call_soon(sys.exit, 3)
+            await asyncio.wait(asking)
+
+        with pytest.raises(LoopEnded):
+            thread.run(begin())
+        thread.close()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        gc.collect()
+    assert thread.loop.is_closed()
+    assert [str(one) for one in left] == [] and [str(one.message) for one in told] == []
+
+
+def test_a_half_read_reply_is_closed_behind_its_task(held: Held) -> None:
+    async def lines() -> AsyncIterator[int]:
+        held.opened += 1
+        try:
+            while True:
+                yield held.opened
+        finally:
+            await asyncio.sleep(0)
+            held.opened -= 1
+
+    async def read() -> AsyncIterator[int]:
+        found = lines()
+        await anext(found)
+        return found
+
+    async def nothing() -> None:
+        pass
+
+    thread = LoopThread("test", release=nothing)
+    kept = thread.run(read())
+    assert held.opened == 1
+    thread.close()
+    assert held.opened == 0 and thread.loop.is_closed()
+    del kept
