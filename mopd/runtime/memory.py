@@ -14,7 +14,7 @@ from mopd.config.check_losses import losses_in_use
 from mopd.config.cluster import DEVICE_NAMES
 from mopd.config.model_shape import ModelShape, find_model_config, read_model_config
 from mopd.config.model_size import ModelSize, read_model_size
-from mopd.config.pools import ROLLOUT, STUDENT, backends_of
+from mopd.config.pools import ROLLOUT, STUDENT, backends_of, is_actor
 from mopd.config.schema import RunConfig
 from mopd.runtime import memory_student
 from mopd.runtime.memory_engine import MAX_BATCHED_TOKENS, engine_parts
@@ -183,7 +183,8 @@ def _remedy(config: RunConfig, share: Share, largest: str) -> str:
         if largest == "weights":
             return f"raise {key}.server.tensor_parallel_size, or serve a quantized model"
         if backends_of(config)[share.owner].type == "hf":
-            return f"lower {key}.batch_size, or set {key}.type=vllm"
+            inside = "" if is_actor(config, share.owner) else f"lower {key}.batch_size, or "
+            return f"{inside}set {key}.type=vllm"
         return (
             "lower rollout.max_new_tokens, or raise backend.server.replicas"
             if share.owner == ROLLOUT

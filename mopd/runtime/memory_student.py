@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mopd.config.model_shape import ModelShape
@@ -301,8 +301,3 @@ def projection_bytes(job: StudentJob, teacher_vocab_size: int) -> int:
     """Rows of one tensor-parallel rank: 12 bytes a nonzero, 16 per teacher token."""
     rows = math.ceil(job.shape.vocab_size / job.tp)
     return math.ceil(12 * ENTRIES_PER_TOKEN * rows) + 16 * teacher_vocab_size
-
-
-def total(parts: Mapping[str, int]) -> int:
-    """Bytes of all kinds together."""
-    return sum(parts.values())

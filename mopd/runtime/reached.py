@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from mopd.config.backends import RemoteSection
+from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
 from mopd.config.pools import ROLLOUT, teacher_owner
 from mopd.config.schema import RunConfig
 
 KEY_VARIABLE = "MOPD_SERVER_TOKEN"  # where the clients of these servers find their key
-# How an engine of transformers is spoken to: not as what it is called in the recipe.
-SPOKEN: dict[str, Literal["mopd", "vllm"]] = {"teacher": "mopd", "rollout": "vllm"}
 
-SectionT = TypeVar("SectionT", bound=RemoteSection)
+SectionT = TypeVar("SectionT", TeacherBackendSection, RolloutBackendSection)
 
 
 class ServerSource(Protocol):
@@ -59,16 +57,16 @@ def filled(config: RunConfig, urls: Mapping[str, tuple[str, ...]]) -> RunConfig:
     """A copy in which the owners of ``urls`` are servers that are running."""
     rollout, teachers = config.rollout, dict(config.teachers)
     if ROLLOUT in urls:
-        backend = _reached(rollout.backend, urls[ROLLOUT], hf=SPOKEN["rollout"])
+        backend = _reached(rollout.backend, urls[ROLLOUT], hf="vllm")
         rollout = rollout.model_copy(update={"backend": backend})
     for name, teacher in config.teachers.items():
         if (owner := teacher_owner(name)) in urls:
-            backend = _reached(teacher.backend, urls[owner], hf=SPOKEN["teacher"])
+            backend = _reached(teacher.backend, urls[owner], hf="mopd")
             teachers[name] = teacher.model_copy(update={"backend": backend})
     return config.model_copy(update={"rollout": rollout, "teachers": teachers})
 
 
 def _reached(section: SectionT, urls: tuple[str, ...], *, hf: str) -> SectionT:
-    kind = getattr(section, "type")  # noqa: B009 - both sections have one, their base has none
+    """``hf``: how an engine of transformers is spoken to, whatever the recipe calls it."""
     update: dict[str, object] = {"urls": urls, "api_key_env": KEY_VARIABLE}
-    return section.model_copy(update=update | ({"type": hf} if kind == "hf" else {}))
+    return section.model_copy(update=update | ({"type": hf} if section.type == "hf" else {}))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mopd.config.backends import RemoteSection
 from mopd.config.check_servers import is_started
-from mopd.config.pools import ROLLOUT, shared_pool_of, teacher_owner
+from mopd.config.pools import ROLLOUT, backends_of, pools_of, shared_pool_of
 from mopd.config.schema import RunConfig
 from mopd.environment import VISIBLE_DEVICES
 from mopd.runtime.nodes import Engine
@@ -24,13 +24,8 @@ FOLDER, IMPORTS = "servers", "python"  # in a run's directory: logs, and what th
 
 def started_sections(config: RunConfig) -> dict[str, RemoteSection]:
     """Sections whose servers mopd starts, by their owner: rollout, teachers.math."""
-    sections: dict[str, RemoteSection] = {}
-    if is_started(config.rollout.backend):
-        sections[ROLLOUT] = config.rollout.backend
-    for name, teacher in config.teachers.items():
-        if teacher.weight > 0 and is_started(teacher.backend):
-            sections[teacher_owner(name)] = teacher.backend
-    return sections
+    backends = backends_of(config)
+    return {owner: backends[owner] for owner in pools_of(config) if is_started(backends[owner])}
 
 
 def server_launch(

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from mopd.serving.address import base_url
 from mopd.serving.completions import (
     COMPLETIONS_PATH,
     CompletionRequest,
@@ -113,7 +114,7 @@ class ScoreServer(ThreadingHTTPServer):
     def url(self) -> str:
         """As clients on this machine write it."""
         host, port = self.server_address[:2]
-        return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"
+        return base_url(str(host), port)
 
     def is_closing(self) -> bool:
         """Whether nobody will be answered any more."""
