@@ -13,7 +13,7 @@ Engines = tuple[int, int]  # replicas, devices of each
 
 def recipe(
     *,
-    ranks: int,
+    ranks: int | None = None,
     tp: int = 1,
     rollout: Engines | None = None,
     rollout_pool: str | None = None,
@@ -21,15 +21,17 @@ def recipe(
     pools: dict[str, dict[str, Any]] | None = None,
     nodes: int = 1,
     per_node: int | None = None,
+    **more: Any,
 ) -> RunConfig:
-    """Engines are vLLM's."""
+    """Engines are vLLM's; ``more`` are whole sections."""
 
     def backend(replicas: int, width: int) -> dict[str, Any]:
         server = {"replicas": replicas, "tensor_parallel_size": width}
         return {"type": "vllm", "server": server}
 
     named = {name: dict(section) for name, section in (pools or {}).items()}
-    named.setdefault("student", {})["num_devices"] = ranks
+    if ranks is not None:
+        named.setdefault("student", {})["num_devices"] = ranks
     values: dict[str, Any] = {
         "launcher": "ray",
         "student": {"model": "student", "parallel": {"tensor_model_parallel_size": tp}},
@@ -42,7 +44,7 @@ def recipe(
     }
     if rollout is not None:
         values["rollout"] = {"pool": rollout_pool, "backend": backend(*rollout)}
-    return RunConfig.model_validate(values)
+    return RunConfig.model_validate(values | more)
 
 
 def unreserved(plan: Plan) -> list[Any]:
