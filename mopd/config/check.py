@@ -11,6 +11,7 @@ from mopd.config.backends import RolloutBackendSection, TeacherBackendSection
 from mopd.config.check_evaluate import check_evaluate
 from mopd.config.check_inside import check_inside, check_inside_layout
 from mopd.config.check_layout import check_layout
+from mopd.config.check_logging import check_logging
 from mopd.config.check_losses import check_losses
 from mopd.config.check_rollout import check_rollout
 from mopd.config.check_servers import (
@@ -54,6 +55,7 @@ def check_config(config: RunConfig, *, world_size: int, files: bool = True) -> N
         check_losses(config),
         _schedule(config),
         check_evaluate(config),
+        check_logging(config, installed=files),
         check_student(config, files=files),
         _paths(config) if files else (),
         check_data(config, files=files),

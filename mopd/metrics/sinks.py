@@ -1,7 +1,20 @@
 """Where step lines go. A step line is a flat mapping; its keys are
 
 step, loss, grad_norm, lr, loss/<teacher>, kl/<teacher>, accuracy, accuracy/<domain>,
-tokens_per_second, truncated, masked, canonical, alignment/<teacher>, time/<phase>.
+tokens_per_second, truncated, masked, canonical, alignment/<teacher>, time/<span>, phase/<name>.
+
+``time/<span>`` are seconds of the rank that logs, and some lie within others:
+
+- ``time/step``: the step, without the evaluation and the checkpoint that may follow it;
+- ``time/gather``: until the step's answers were scored. Without staleness it contains
+  ``time/rollout``, ``time/teachers`` and ``time/journal``; with it these run beside the loop;
+- ``time/inside``: teachers on the student's ranks; ``time/align``, and in it ``time/align/wait``
+  for other replicas; ``time/broadcast``: the batch to the replica's ranks;
+- ``time/turn``: to get and to give the devices where engines share them; ``time/train``;
+- ``time/sync``, and in it ``time/sync/wait`` for answers that still need the old weights;
+- ``time/evaluate`` and ``time/save``: since the last line, outside of ``time/step``.
+
+``phase/<name>`` is the partition of ``time/step`` (`mopd.metrics.phases`): they add up to it.
 """
 
 from __future__ import annotations
@@ -120,9 +133,17 @@ def _step_of(text: str, path: Path, number: int) -> int:
 
 
 class TensorBoardSink:
-    """Scalars for TensorBoard. Writes the event file directly, without torch's writer."""
+    """Scalars for TensorBoard, and the recipe as a text. Writes the event file directly, without
+    torch's writer.
 
-    def __init__(self, directory: Path) -> None:
+    A tag is the key of a line. TensorBoard makes a group of what is before the first slash; keys
+    without one that head no family of their own stand together, as ``step/<key>``.
+
+    Args:
+        config: YAML of the resolved recipe, for the tab of texts.
+    """
+
+    def __init__(self, directory: Path, *, config: str = "") -> None:
         # Imported here: these bring protobuf in, which no other sink needs.
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -133,12 +154,29 @@ class TensorBoardSink:
         self._event, self._session_log = events.Event, events.SessionLog
         self._summary = summaries.Summary
         self._writer = EventFileWriter(str(directory))
+        if config:
+            self._write_text("config", config)
+
+    def _write_text(self, tag: str, text: str) -> None:
+        """Shown as it is: TensorBoard reads Markdown, where four spaces make a block of code."""
+        # Imported here, as above.
+        from tensorboard.plugins.text.metadata import create_summary_metadata
+        from tensorboard.util.tensor_util import make_tensor_proto
+
+        block = "\n".join(f"    {line}" for line in text.splitlines())
+        value = self._summary.Value(
+            tag=tag,
+            metadata=create_summary_metadata(display_name=None, description=None),
+            tensor=make_tensor_proto(block.encode()),
+        )
+        summary = self._summary(value=[value])
+        self._writer.add_event(self._event(wall_time=time.time(), step=0, summary=summary))
 
     def log(self, step: int, line: StepLine) -> None:
         """Write all numbers; NaN and infinities are left out (the JSON lines have them)."""
         numbers = {key: float(value) for key, value in line.items() if key != "step"}
         scalars = [
-            self._summary.Value(tag=key, simple_value=value)
+            self._summary.Value(tag=_tag(key), simple_value=value)
             for key, value in numbers.items()
             if math.isfinite(value)
         ]
@@ -156,3 +194,10 @@ class TensorBoardSink:
 
     def close(self) -> None:
         self._writer.close()
+
+
+_HEADS = ("loss", "accuracy", "canonical")  # of families: the mean stands beside its parts
+
+
+def _tag(key: str) -> str:
+    return key if "/" in key or key in _HEADS else f"step/{key}"

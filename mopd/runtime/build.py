@@ -46,8 +46,9 @@ class Run:
     """Everything the loop needs. ``sampler``, ``pool``, ``feed`` and ``eval_feed`` exist on lead
     ranks only, and ``sampler`` only where somebody asks it.
 
-    ``finished`` is called after every step and every domain of an evaluation, ``stop_asked`` after
-    every step: whether this rank was told to save and end.
+    ``finished`` is called after every step and every part of an evaluation, ``stop_asked`` after
+    every step: whether this rank was told to save and end. ``activity`` is told what takes a while
+    beside the steps: what, how many are done, of how many, and of what.
     """
 
     config: RunConfig
@@ -68,6 +69,7 @@ class Run:
     turns: StudentTurns
     finished: Callable[[], None] = lambda: None
     stop_asked: Callable[[], bool] = lambda: False
+    activity: Callable[[str, int, int, str], None] = lambda what, done, total, unit: None
 
 
 def build_run(config: RunConfig, servers: ServerSource) -> Run:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
+from typing import Protocol
 
 import numpy as np
 
 from mopd.metrics.summary import DomainResult
-from mopd.rollout.base import Sampler, is_canonical
+from mopd.rollout.base import is_canonical
 from mopd.teachers.base import Teacher
 from mopd.tokens.chat import ChatTokenizer
-from mopd.types import Prompt
+from mopd.types import Prompt, Rollout
 
 Scores = dict[str, dict[str, float]]  # domain -> {"accuracy", "canonical", "prompts"}
+
+
+class Answerer(Protocol):
+    """What an evaluation needs of a sampler."""
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[Rollout]: ...
 
 
 def by_domain(prompts: Sequence[Prompt], limit: int) -> dict[str, list[Prompt]]:
@@ -40,7 +47,7 @@ def batches_of(prompts: Sequence[Prompt], *, per_domain: int, size: int) -> list
 
 
 def student_scores(
-    sampler: Sampler,
+    sampler: Answerer,
     domains: Mapping[str, Sequence[Prompt]],
     *,
     tokenizer: ChatTokenizer,

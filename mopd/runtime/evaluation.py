@@ -18,6 +18,7 @@ from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 from mopd.rollout import sync
 from mopd.rollout.on_demand import OnDemandSampler
+from mopd.runtime.answering import InParts, telling_domains
 from mopd.runtime.build import Run
 from mopd.runtime.evaluate import Scores, batches_of, by_domain, student_scores, teacher_scores
 from mopd.runtime.gather import Gathered
@@ -145,7 +146,12 @@ def evaluate_teachers(run: Run) -> dict[str, float | None]:
             run.pool.teachers,
             domains,
             max_new_tokens=run.config.rollout.max_new_tokens,
-            finished=run.finished,
+            finished=telling_domains(
+                "the teachers answer held-out prompts",
+                domains,
+                activity=run.activity,
+                finished=run.finished,
+            ),
         )
     return from_lead(run.topology, found)
 
@@ -153,12 +159,20 @@ def evaluate_teachers(run: Run) -> dict[str, float | None]:
 def _accuracies(run: Run) -> Scores:
     domains = by_domain(run.heldout, run.config.evaluate.max_prompts_per_domain)
     scores = None
+    backend, rank, size = run.config.rollout.backend, run.topology.dp_rank, run.topology.dp_size
     if run.sampler is not None:
-        scores = student_scores(
+        in_parts = InParts(
             run.sampler,
+            part_size=backend.batch_size * max(1, len(backend.urls)),  # each server has its fill
+            total=sum(len(prompts[rank::size]) for prompts in domains.values()),
+            activity=run.activity,
+            finished=run.finished,
+        )
+        scores = student_scores(
+            in_parts,
             domains,
             tokenizer=run.tokenizer,
-            share=(run.topology.dp_rank, run.topology.dp_size),
+            share=(rank, size),
             sum_over_replicas=lambda values: sum_over_leads(run.topology, values),
             finished=run.finished,
         )
@@ -172,6 +186,7 @@ def _divergences(run: Run) -> dict[str, float]:
         return {}
     found = _measured(
         run,
+        "asking the teachers about held-out answers",
         run.heldout,
         per_domain=section.kl_prompts_per_domain,
         gather=None if run.eval_feed is None else run.eval_feed.answered,
@@ -185,6 +200,7 @@ def _validation(run: Run) -> dict[str, float]:
         return {}
     found = _measured(
         run,
+        "measuring the validation loss",
         run.validation,
         per_domain=run.config.evaluate.max_prompts_per_domain,
         gather=None if run.eval_feed is None else run.eval_feed.given,
@@ -197,6 +213,7 @@ def _validation(run: Run) -> dict[str, float]:
 
 def _measured(
     run: Run,
+    what: str,
     prompts: Sequence[Prompt],
     *,
     per_domain: int,
@@ -209,7 +226,9 @@ def _measured(
     sums: defaultdict[str, float] = defaultdict(float)
     counts: defaultdict[str, float] = defaultdict(float)
     size = run.config.train.num_prompts_per_step
-    for group in batches_of(prompts, per_domain=per_domain, size=size):
+    groups = batches_of(prompts, per_domain=per_domain, size=size)
+    for number, group in enumerate(groups):
+        run.activity(what, number, len(groups), "batches")
         gathered = None if gather is None else gather(group)
         with run.turns.turn():
             gathered = run.inside.judge(gathered)
@@ -225,4 +244,5 @@ def _measured(
                 sums[name] += mean * count
                 counts[name] += count
         run.finished()
+    run.activity(what, len(groups), len(groups), "batches")
     return {name: sums[name] / counts[name] for name in sums if counts[name] > 0}

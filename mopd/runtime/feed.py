@@ -112,12 +112,17 @@ class Feed:
             objective=self._options.objective,
             batching=self._options.batching,
             pad_id=self._student.pad_id,
-            sum_over_replicas=self._options.sum_over_replicas,
+            sum_over_replicas=self._sum_over_replicas,
         )
         self._refuse_escape(gathered.step, share=totals.masked_share)
         for name, weight in batch.weights.items():
             tally.add(f"weight/{name}", weight)
         return replace(batch, metrics=tally.metrics())
+
+    def _sum_over_replicas(self, values: np.ndarray) -> np.ndarray:
+        """Replicas meet here first in a step: the fast ones wait for the slowest."""
+        with self._spans("wait"):
+            return self._options.sum_over_replicas(values)
 
     def _count(self, gathered: Gathered, samples: list[Sample], tally: Tally) -> None:
         self._dropped, self._num_rollouts = Counter(gathered.dropped), len(samples)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,8 +92,10 @@ def train(run: Run, sink: Sink) -> Summary:
             break
         began = time.perf_counter()
         gathered = run.feed.gather(step) if run.feed else None
-        with run.turns.turn():
-            batch = from_lead(run.topology, _judged(run, gathered))
+        with _turn(run):
+            share = _judged(run, gathered)
+            with run.spans("broadcast"):
+                batch = from_lead(run.topology, share)
             batch = _balanced(run, state, batch)
             with run.spans("train"):
                 result = run.student.train_step(batch)
@@ -99,6 +103,7 @@ def train(run: Run, sink: Sink) -> Summary:
             run.feed.settle(step, skipped=result.skipped)
         _rebalance(run, state, batch, result)
         with run.spans("sync"):
+            _await_samples(run, step + 1)
             distance = _push(run, step + 1, text)
         state.step = step + 1
         log_step(run, sink, batch, result, seconds=time.perf_counter() - began, probe=distance)
@@ -108,7 +113,8 @@ def train(run: Run, sink: Sink) -> Summary:
         stopping = any_rank(run.topology, run.stop_asked())
         if stopping or _save_is_due(config, state, evaluated=found is not None):
             score = found.score(config.evaluate.metric) if found else None
-            _save(run, state, saver, score=score)
+            with run.spans("save"):
+                _save(run, state, saver, score=score)
         saver.check()
         run.finished()
         if stopping:
@@ -124,10 +130,26 @@ def _judged(run: Run, gathered: Gathered | None) -> StepBatch | None:
     return run.feed.collate(gathered) if run.feed and gathered else None
 
 
+@contextmanager
+def _turn(run: Run) -> Iterator[None]:
+    """The student's turn on its devices; what it takes to get and to give is timed."""
+    with ExitStack() as stack:
+        with run.spans("turn"):
+            stack.enter_context(run.turns.turn())
+        yield
+        with run.spans("turn"):
+            stack.close()
+
+
+def _await_samples(run: Run, version: int) -> None:
+    """Until nobody samples from weights that are older than ``version`` allows."""
+    if run.feed is not None:
+        with run.spans("wait"):
+            run.feed.ahead.before_push(version)
+
+
 def _push(run: Run, version: int, text: np.ndarray) -> float | None:
     """How far the engines are from the student on ``text`` [L], where there are engines."""
-    if run.feed is not None:
-        run.feed.ahead.before_push(version)
     distance = None
     if run.config.rollout.backend.type != "dataset":
         sync.push(iter_hf_weights(run.student.model), run.sampler, version=version)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from mopd.losses.cross_entropy import CROSS_ENTROPY
 from mopd.losses.opd import CHUNKS
 from mopd.metrics.metric import means, merge, values
+from mopd.metrics.phases import phases
 from mopd.metrics.sinks import Sink
 from mopd.runtime.build import Run
 from mopd.runtime.replica import gather_leads
@@ -56,6 +57,7 @@ def log_step(
     if probe is not None:
         line["sync/probe"] = probe
     line |= values({**run.feed.times, **run.spans.drain()})
+    line |= phases(line, ahead=run.config.rollout.max_staleness > 0)
     sink.log(batch.step, line)
 
 

@@ -17,6 +17,7 @@ from mopd.errors import ConfigError, DidNotLearnError
 from mopd.metrics.console import ConsoleSink
 from mopd.metrics.sinks import JsonlSink, MultiSink, Sink, TensorBoardSink
 from mopd.metrics.summary import Summary, print_summary, write_summary
+from mopd.metrics.wandb_sink import WandbSink
 from mopd.runtime.build import build_run
 from mopd.runtime.loop import refuse_if_not_learned, train
 from mopd.runtime.reached import ServerSource
@@ -84,7 +85,12 @@ def run_session(
     run = build_run(config, servers or Servers(config))
     if is_main:
         write_config(directory, config)
-    sink = _sinks(config, directory) if is_main else MultiSink([])
+    console = ConsoleSink(
+        num_steps=config.train.steps,
+        log_interval=config.logging.log_interval,
+        title=config.run.name,
+    )
+    sink = _sinks(config, directory, console) if is_main else MultiSink([])
     watchdog = Watchdog(config.run.stall_s, directory=directory, rank=run.topology.rank)
     interrupt = Interrupt()
 
@@ -93,7 +99,10 @@ def run_session(
         interrupt.check()
 
     run = dataclasses.replace(
-        run, finished=progress, stop_asked=lambda: interrupt.is_stopping or stop_asked()
+        run,
+        finished=progress,
+        stop_asked=lambda: interrupt.is_stopping or stop_asked(),
+        activity=console.activity if is_main else run.activity,
     )
     # Within `interrupt` to the end: torchrun tells the ranks beside a dead one to end, and they
     # are to say why they do. The others are closed in the reverse order, whichever of them fails.
@@ -185,11 +194,18 @@ def _differences(old: Any, new: Any, prefix: str = "") -> set[str]:
     return set() if old == new else {prefix.rstrip(".")}
 
 
-def _sinks(config: RunConfig, directory: Path) -> Sink:
+def _sinks(config: RunConfig, directory: Path, console: ConsoleSink) -> Sink:
     sinks: list[Sink] = [JsonlSink(directory / "metrics.jsonl")]
     if config.logging.tensorboard:
-        sinks.append(TensorBoardSink(directory / "tensorboard"))
-    sinks.append(
-        ConsoleSink(num_steps=config.train.steps, log_interval=config.logging.log_interval)
-    )
-    return MultiSink(sinks)
+        sinks.append(TensorBoardSink(directory / "tensorboard", config=dump_config(config)))
+    if config.logging.wandb:
+        sinks.append(
+            WandbSink(
+                directory,
+                project=config.logging.wandb_project,
+                name=config.run.name,
+                config=config.model_dump(mode="json"),
+                say=console.note,
+            )
+        )
+    return MultiSink([*sinks, console])
