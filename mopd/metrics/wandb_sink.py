@@ -58,6 +58,7 @@ class WandbSink:
                 "everything, and `wandb sync` sends it later (`wandb login` if it lacks a key)"
             )
             try:
+                self._wandb.teardown()  # its process holds the id
                 self._run = self._init(settings, mode="offline")
             except Exception as failure:
                 self._give_up(failure)
@@ -66,6 +67,10 @@ class WandbSink:
 
     def _init(self, settings: dict[str, Any], **more: Any) -> Any:
         """Without its own prints and without a copy of this process's: there is a terminal."""
+        # Its description of the machine has this process's command line, and that may have words
+        # for servers. The setting is a private one of the library, so it may be gone some day.
+        known = self._wandb.Settings.model_fields
+        private = {key: True for key in ("x_disable_meta",) if key in known}
         quiet = self._wandb.Settings(
             console="off",
             silent=True,
@@ -73,6 +78,7 @@ class WandbSink:
             finish_timeout=FINISH_TIMEOUT_S,
             save_code=False,
             disable_git=True,
+            **private,
         )
         return self._wandb.init(settings=quiet, **settings, **more)
 
@@ -94,14 +100,14 @@ class WandbSink:
 
     def close(self) -> None:
         """Waits for what is not sent yet, at most ``FINISH_TIMEOUT_S``; ends W&B's process."""
+        if self._wandb is None:
+            return
         if self._run is not None:
-            self._try(lambda: self._run.finish())
-            self._try(lambda: self._wandb.teardown())
-        self._run = None
+            self._try(self._run.finish)
+        self._try(self._wandb.teardown)
+        self._run = self._wandb = None
 
     def _try(self, work: Callable[[], object]) -> None:
-        if self._run is None:
-            return
         try:
             work()
         except Exception as error:

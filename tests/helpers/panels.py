@@ -64,9 +64,7 @@ def rendered(made: Progress, *, width: int, height: int = 40, no_color: bool = F
 
 
 def svg(made: Progress, *, width: int, title: str) -> str:
-    console = Console(
-        file=io.StringIO(), force_terminal=True, width=width, height=40, record=True
-    )
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=40, record=True)
     console.print(RunPanel(made))
     return console.export_svg(title=title)
 
