@@ -85,11 +85,30 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     sink.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["scalars"] == ["loss"]
+    assert events.Tags()["tensors"] == []
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [
         (0, 1.0),
         (1, 2.0),
         (2, 9.0),
     ]
+
+
+def test_tensorboard_groups_keys_and_shows_the_recipe(tmp_path: Path) -> None:
+    keys = ("loss", "loss/sort", "accuracy", "accuracy/sort", "canonical", "lr", "skipped")
+    sink = TensorBoardSink(tmp_path, config="run:\n  name: <b>x</b>\n")
+    sink.log(0, dict.fromkeys((*keys, "phase/train", "tokens_per_second"), 1.0))
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == [
+        *keys[:5],
+        "step/lr",
+        "step/skipped",
+        "phase/train",
+        "step/tokens_per_second",
+    ]
+    assert events.SummaryMetadata("config").plugin_data.plugin_name == "text"
+    (text,) = events.Tensors("config")[0].tensor_proto.string_val
+    assert text.decode() == "    run:\n      name: <b>x</b>", "a block of code in Markdown"
 
 
 def terminal(*, is_terminal: bool) -> tuple[Console, io.StringIO]:
@@ -111,16 +130,18 @@ def test_plain_lines_come_every_interval_and_at_the_end() -> None:
     ]
 
 
-def test_a_terminal_shows_a_bar() -> None:
+def test_a_terminal_shows_a_panel() -> None:
     console, screen = terminal(is_terminal=True)
     sink = ConsoleSink(num_steps=2, log_interval=1, console=console)
     sink.truncate_from(1)
     sink.log(1, {"loss": 0.5, "kl/math": 0.25})
+    sink.log(1, {"eval/accuracy/sums": 0.75})
     sink.note("checkpoint saved")
     sink.close()
-    assert "2/2" in screen.getvalue()
-    assert "kl/math 0.2500" in screen.getvalue()
-    assert "checkpoint saved" in screen.getvalue()
+    panel = screen.getvalue().rpartition("checkpoint saved")[2]
+    for shown in ("2/2", "100%", "0.5000", "math", "0.2500", "sums", "75.0%", "held-out @2"):
+        assert shown in panel
+    assert screen.getvalue().rindex("\x1b[?25h") > screen.getvalue().rindex("\x1b[?25l")
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -130,7 +151,8 @@ def test_a_name_from_outside_is_shown_as_it_is(is_terminal: bool) -> None:
     sink.log(0, {f"kl/{HOSTILE}": 0.25})
     sink.note(HOSTILE)
     sink.close()
-    assert screen.getvalue().count("[red]x[/red]\\x1b[2J") >= 2
+    shown = screen.getvalue()
+    assert shown.count("[red]x[/red]\\x1b[2J") >= 2
     assert "\x1b[2J" not in screen.getvalue()
 
 
