@@ -15,6 +15,7 @@ from mopd.config.model_shape import read_model_config
 from mopd.config.schema import RunConfig
 from mopd.device import check_dtype, get_device
 from mopd.errors import ConfigError
+from mopd.metrics.announced import announced
 from mopd.metrics.span import Spans
 from mopd.rollout.base import Sampler
 from mopd.runtime.build_feed import build_eval_feed, build_feed
@@ -91,8 +92,10 @@ def _build_run(config: RunConfig, servers: ServerSource, opened: ExitStack) -> R
     torch.set_num_threads(config.run.threads or _threads_per_rank(config))
     router = Router(config.teachers, config.distillation)
     assert config.data.path is not None and config.student.model is not None
-    data = _read_data(config, router)
-    tokenizers = load_tokenizers(config)
+    with announced("reading the data"):
+        data = _read_data(config, router)
+    with announced("loading the tokenizers"):
+        tokenizers = load_tokenizers(config)
     for key, rows in data.items():
         check_chats(
             key, rows, config=config, student=tokenizers.student, teachers=tokenizers.teachers
@@ -100,26 +103,25 @@ def _build_run(config: RunConfig, servers: ServerSource, opened: ExitStack) -> R
     directory = Path(config.run.dir) / config.run.name
     turns = StudentTurns(config, directory=directory)
     opened.callback(turns.close)
-    topology = initialize(
-        config.student.parallel, backend=backend, seed=config.run.seed, timeout=_patience(config)
-    )
+    patience = _patience(config)
+    with announced("waiting for the other ranks"):
+        topology = initialize(
+            config.student.parallel, backend=backend, seed=config.run.seed, timeout=patience
+        )
     servers.start(directory, device=backend.name)  # they load while the student is built
     found = load_pairs(config, tokenizers, topology)
-    model = build_student(config.student, topology=topology, seed=config.run.seed)
-    student = _student(config, model, tokenizers, found)
-    engines = build_engines(config, model, tokenizers.teachers)
+    with announced("loading the student"):
+        model = build_student(config.student, topology=topology, seed=config.run.seed)
+        student = _student(config, model, tokenizers, found)
+    with announced("loading the teachers on the student's ranks"):
+        engines = build_engines(config, model, tokenizers.teachers)
     turns.begin(StudentState(model, student.optimizer), topology)
-    config = servers.reach()
+    with announced("waiting for the servers to be healthy (their logs: servers/ of the run)"):
+        config = servers.reach()
     sampler = pool = feed = eval_feed = None
     spans = Spans()
     if topology.is_lead:
-        sampler = build_sampler(config, tokenizers.student, topology, directory=directory)
-        if sampler is not None:
-            opened.callback(sampler.close)
-        pool = build_pool(
-            config, tokenizers.teachers, student=tokenizers.student, device=topology.device
-        )
-        opened.callback(pool.close)
+        sampler, pool = _engines(config, tokenizers, topology, directory, opened)
         feed = build_feed(
             config,
             found,
@@ -144,7 +146,7 @@ def _build_run(config: RunConfig, servers: ServerSource, opened: ExitStack) -> R
     inside = InsideTeachers(
         engines, topology=topology, teachers=pool.teachers if pool else {}, spans=spans
     )
-    with turns.turn():
+    with announced("checking the teachers on the student's ranks"), turns.turn():
         inside.check()
     return Run(
         config=config,
@@ -164,6 +166,26 @@ def _build_run(config: RunConfig, servers: ServerSource, opened: ExitStack) -> R
         servers=servers,
         turns=turns,
     )
+
+
+def _engines(
+    config: RunConfig,
+    tokenizers: Tokenizers,
+    topology: Topology,
+    directory: Path,
+    opened: ExitStack,
+) -> tuple[Sampler | None, TeacherPool]:
+    """Of a lead: its sampler, if somebody asks one, and its teachers; ``opened`` closes them."""
+    with announced("preparing the sampler"):
+        sampler = build_sampler(config, tokenizers.student, topology, directory=directory)
+    if sampler is not None:
+        opened.callback(sampler.close)
+    with announced("preparing the teachers"):
+        pool = build_pool(
+            config, tokenizers.teachers, student=tokenizers.student, device=topology.device
+        )
+    opened.callback(pool.close)
+    return sampler, pool
 
 
 def _patience(config: RunConfig) -> timedelta:

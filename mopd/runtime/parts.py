@@ -12,6 +12,7 @@ from mopd.config.schema import RunConfig, StudentSection, TeacherSection
 from mopd.errors import ArtifactError, ConfigError
 from mopd.losses.head import DistillationHead
 from mopd.losses.vocab import VocabShard
+from mopd.metrics.announced import announced
 from mopd.projection import ProjectionStore
 from mopd.runtime.objective import teacher_terms
 from mopd.runtime.payloads import Pair, active_teachers, loss_name, pairs, projection_options
@@ -81,7 +82,8 @@ def load_pairs(config: RunConfig, tokenizers: Tokenizers, topology: Topology) ->
     def get(name: str) -> Projection:
         path = sections[name].projection_matrix_path
         try:
-            return store.get(student, teachers[name], options, path=path)
+            with announced(f"the projection onto the tokens of teachers.{name}"):
+                return store.get(student, teachers[name], options, path=path)
         except ArtifactError as error:
             if path is None:
                 raise
