@@ -58,7 +58,7 @@ class _Row:
     more: str = ""
 
 
-_Heads = tuple[str, ...]
+_Heads = Sequence[str]
 _Cells = Mapping[str, _Row]
 
 

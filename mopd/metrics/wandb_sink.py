@@ -42,7 +42,7 @@ class WandbSink:
         self._say = say
         self._run: Any = None
         self._next_step = 0  # that W&B takes; it never goes back
-        self._wandb = _imported(say)
+        self._wandb: Any = _imported(say)
         if self._wandb is not None:
             about = {"project": project, "name": name, "config": public(config)}
             self._start(directory, about)

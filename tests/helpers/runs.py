@@ -12,6 +12,7 @@ from typing import Any
 from mopd.demo import World
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMED = ("time/", "phase/")
 UNTIMED = ("tokens_per_second", "journal_mb")  # and the disk, which a restart finds fuller
 
 
@@ -92,7 +93,7 @@ def step_lines(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if not k.startswith("time/") and k not in UNTIMED}
+        {k: v for k, v in line.items() if not k.startswith(TIMED) and k not in UNTIMED}
         for line in lines
     ]
 

@@ -19,6 +19,8 @@ def records(path: Path) -> Iterator[Any]:
     """The `Record` messages of a ``run-<id>.wandb``."""
     from wandb.proto import wandb_internal_pb2
 
+    messages: Any = wandb_internal_pb2  # protobuf makes its classes at run time
+
     content, position, parts = path.read_bytes(), FILE_HEADER, b""
     assert content[:4] == b":W&B"
     while position + HEADER <= len(content):
@@ -30,7 +32,7 @@ def records(path: Path) -> Iterator[Any]:
         parts += content[position + HEADER : position + HEADER + length]
         position += HEADER + length
         if kind in (WHOLE, LAST):
-            record: Any = wandb_internal_pb2.Record()
+            record: Any = messages.Record()
             record.ParseFromString(parts)
             parts = b""
             yield record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from rich.console import Console
 from mopd.metrics.console import ConsoleSink
 from mopd.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from mopd.metrics.wandb_sink import WandbSink
+from tests.helpers.runs import ROOT
+from tests.helpers.terminal import Terminal
 
 LINE = {"loss": 0.5, "kl/[red]x": 0.25, "accuracy/a": 1.0, "phase/train": 0.1, "time/step": 0.1}
 
@@ -99,3 +102,23 @@ def test_an_evaluation_is_shown_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> N
     live.close()
     assert isinstance(panel.file, io.StringIO)
     assert "answering: 6/20 prompts" in panel.file.getvalue()
+
+
+KILLED = """
+import time
+from mopd.metrics.console import ConsoleSink
+sink = ConsoleSink(num_steps=9, log_interval=1, title="killed")
+sink.truncate_from(0)
+sink.log(0, {"loss": 0.5})
+time.sleep(60)
+"""
+
+
+def test_a_process_that_is_killed_leaves_the_terminal_in_order() -> None:
+    words = [sys.executable, "-c", KILLED]
+    env = {**os.environ, "TERM": "xterm-256color"}
+    with Terminal(words, cwd=ROOT, env=env, columns=80, rows=30) as terminal:
+        assert terminal.read_until("loss 0.5000", timeout=60.0), terminal.text
+        terminal.process.kill()
+        terminal.wait(timeout=10.0)
+        assert terminal.is_restored
