@@ -41,7 +41,6 @@ class WandbSink:
     ) -> None:
         self._say = say
         self._run: Any = None
-        self._next_step = 0  # that W&B takes; it never goes back
         self._wandb: Any = _imported(say)
         if self._wandb is not None:
             about = {"project": project, "name": name, "config": public(config)}
@@ -63,7 +62,6 @@ class WandbSink:
             except Exception as failure:
                 self._give_up(failure)
                 return
-        self._next_step = int(self._run.step)
 
     def _init(self, settings: dict[str, Any], **more: Any) -> Any:
         """Without its own prints and without a copy of this process's: there is a terminal."""
@@ -83,13 +81,10 @@ class WandbSink:
         return self._wandb.init(settings=quiet, **settings, **more)
 
     def log(self, step: int, line: StepLine) -> None:
-        """A step that W&B has already is left out: when a run continues, its steps come again
-        with the numbers that they had."""
-        if self._run is None or step < self._next_step - 1:
-            return
-        self._next_step = step + 1
-        # an evaluation follows with the same step, and joins it
-        self._try(lambda: self._run.log(dict(line), step=step))
+        """A line of the same step joins the one before. W&B drops steps that it has already: when
+        a run continues, they come again with the numbers that they had."""
+        if self._run is not None:
+            self._try(lambda: self._run.log(dict(line), step=step))
 
     def note(self, message: str) -> None:
         del message

@@ -88,7 +88,7 @@ def test_a_run_that_continues_is_the_same_run(directory: Path) -> None:
 
 
 def test_steps_that_it_has_already_are_left_out(directory: Path) -> None:
-    """As after a restart, where W&B says which step is next."""
+    """By W&B itself, which never goes back."""
     said: list[str] = []
     sink = opened(directory, said)
     sink.log(5, {"loss": 5.0})
