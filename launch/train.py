@@ -23,8 +23,7 @@ from mopd.demo.fill import WorldFill
 from mopd.errors import ConfigError
 from mopd.runtime.demand import student_ranks
 from mopd.runtime.exits import ending_of
-
-INTERRUPTED = 130
+from mopd.runtime.signals import INTERRUPTED
 
 
 def main(argv: Sequence[str]) -> int:

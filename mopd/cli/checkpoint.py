@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
+from mopd.cli.table import table
 from mopd.errors import ArtifactError, ConfigError
+from mopd.metrics.text import printable
 from mopd.storage.manifest import (
     CheckpointInfo,
     find_latest,
@@ -29,43 +33,43 @@ _AXES = {  # names of the layout, as a table has room for
 
 def run(words: Sequence[str]) -> int:
     """Exit code 0; 1 where `verify` finds something wrong."""
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     return options.run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="mopd checkpoint", description="The checkpoints of a run; no model is built."
     )
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = found.add_subparsers(dest="verb", metavar="VERB", required=True)
     listed = verbs.add_parser("list", help="step, date, size, layout, score, why it is kept")
     listed.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    listed.add_argument("--json", action="store_true", help="print JSON instead of a table")
     listed.set_defaults(run=_list)
     verify = verbs.add_parser("verify", help="compare every byte with the SHA-256 of the manifest")
     verify.add_argument("path", type=Path, metavar="RUN_DIR|CHECKPOINT_DIR")
     verify.add_argument(
         "--all", action="store_true", help="every checkpoint of the run, not the newest alone"
     )
+    verify.add_argument("--json", action="store_true", help="print JSON instead of lines")
     verify.set_defaults(run=_verify)
-    return parser
+    return found
 
 
 def _list(options: argparse.Namespace) -> int:
     directory = checkpoints_of(options.run_dir)
     infos = list_checkpoints(directory)
-    if not infos:
-        print(f"{directory}: no checkpoint")
+    why = _why_kept(options.run_dir, infos) if infos else {}
+    if options.json:
+        found = [{**asdict(info), "path": str(info.path), "why": why[info.step]} for info in infos]
+        print(json.dumps(found, indent=2))
         return 0
-    why = _why_kept(options.run_dir, infos)
+    if not infos:
+        print(printable(f"{directory}: no checkpoint"))
+        return 0
     rows = [("step", "saved", "size", "layout", "score", "")]
     rows += [(*_cells(info), why[info.step]) for info in infos]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in (1, 3) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ]
-        print("  ".join([*cells, row[-1]]).rstrip())
+    print(table(rows, right=(0, 2, 4)))
     return 0
 
 
@@ -131,17 +135,22 @@ def _kept(run_dir: Path) -> tuple[int, int]:
 
 def _verify(options: argparse.Namespace) -> int:
     is_clean = True
+    told = []
     for path in _to_verify(options.path, every=options.all):
         found = []
         progress = _Progress(path)
         for problem in problems(path, report=progress):
             progress.clear()
-            print(problem, flush=True)
+            if not options.json:
+                print(printable(problem), flush=True)
             found.append(problem)
         progress.clear()
-        if not found:
-            print(f"{path}: intact ({_bytes(progress.total)})", flush=True)
+        told.append({"path": str(path), "bytes": progress.total, "problems": found})
+        if not found and not options.json:
+            print(printable(f"{path}: intact ({_bytes(progress.total)})"), flush=True)
         is_clean = is_clean and not found
+    if options.json:
+        print(json.dumps(told, indent=2))
     return 0 if is_clean else 1
 
 

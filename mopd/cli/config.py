@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 
+from mopd.cli.words import add_words, parse
 from mopd.config.load import dump_config, load_config, parse_arguments
 
 
 def run(words: Sequence[str]) -> int:
     """Print the YAML that `load_config` makes of the words; it can be used as a recipe again."""
-    parser = argparse.ArgumentParser(
+    options, rest = parse(parser(), words)
+    recipe, overrides = parse_arguments(rest)
+    config = load_config(recipe, overrides)
+    if options.json:
+        print(json.dumps(config.model_dump(mode="json"), indent=2))
+    else:
+        print(dump_config(config), end="")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="mopd config", description="Print a recipe, resolved and validated."
     )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="recipe=<name>, overrides")
-    options, unknown = parser.parse_known_args(words)
-    recipe, overrides = parse_arguments([*unknown, *options.words])
-    print(dump_config(load_config(recipe, overrides)), end="")
-    return 0
+    add_words(found)
+    found.add_argument("--json", action="store_true", help="JSON instead of YAML")
+    return found

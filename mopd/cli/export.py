@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mopd.cli.checkpoint import checkpoints_of
 from mopd.errors import ArtifactError, ConfigError
+from mopd.metrics.text import printable
 from mopd.storage.manifest import find_latest, list_checkpoints, problem, ranked, step_name
 
 if TYPE_CHECKING:
@@ -17,40 +19,41 @@ if TYPE_CHECKING:
 
 def run(words: Sequence[str]) -> int:
     """One process, on the CPU, whatever layout wrote the checkpoint. The output appears whole."""
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     try:
         return _export(options)
     except ArtifactError as error:  # the run was named on the command line
         raise ConfigError(str(error)) from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="mopd export", description="Write a checkpoint as a Hugging Face model or an adapter."
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    which = parser.add_mutually_exclusive_group()
+    found.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    which = found.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="default: the newest checkpoint")
     which.add_argument("--best", action="store_true", help="the checkpoint of the best score")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new directory")
-    parser.add_argument(
+    found.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new directory")
+    found.add_argument(
         "--format",
         choices=("hf", "peft"),
         default="hf",
         help="hf: the model, adapters added to it (default); peft: the adapter alone",
     )
-    parser.add_argument(
+    found.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         help="default: the run's; float32 of a bfloat16 run takes the optimizer's main weights",
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="student.model, if it has moved")
-    return parser
+    found.add_argument("--model", type=Path, metavar="DIR", help="student.model, if it has moved")
+    found.add_argument("--json", action="store_true", help="print what was written as JSON")
+    return found
 
 
 def _export(options: argparse.Namespace) -> int:
     config = _config(options)
-    path = _find(options)
+    path = find_checkpoint(options.run_dir, step=options.step, best=options.best)
     _refuse_output(options.output)
     trouble = problem(path, contents=config.checkpoint.verify)
     if trouble is not None:
@@ -73,7 +76,11 @@ def _export(options: argparse.Namespace) -> int:
         else:
             save_hf(model, options.output, source_dir=source, dtype=DTYPES[dtype])
     what = "adapter" if options.format == "peft" else "model"
-    print(f"{options.output}: {what} of {path}, {dtype}")
+    if options.json:
+        said = {"output": options.output, "checkpoint": path, "format": options.format}
+        print(json.dumps({**{key: str(each) for key, each in said.items()}, "dtype": dtype}))
+    else:
+        print(printable(f"{options.output}: {what} of {path}, {dtype}"))
     return 0
 
 
@@ -100,23 +107,28 @@ def _config(options: argparse.Namespace) -> RunConfig:
     return config
 
 
-def _find(options: argparse.Namespace) -> Path:
-    directory = checkpoints_of(options.run_dir)
+def find_checkpoint(run_dir: Path, *, step: int | None, best: bool) -> Path:
+    """That of ``step``, the best, or the newest.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    directory = checkpoints_of(run_dir)
     infos = list_checkpoints(directory)
-    if options.step is not None:
-        path = directory / step_name(options.step)
+    if step is not None:
+        path = directory / step_name(step)
         if not path.is_dir():
             steps = ", ".join(str(info.step) for info in infos) or "none"
-            raise ConfigError(f"--step {options.step}: no such checkpoint; there are {steps}")
+            raise ConfigError(f"--step {step}: no such checkpoint; there are {steps}")
         return path
-    if options.best:
-        best = ranked(infos)
-        if not best:
+    if best:
+        found = ranked(infos)
+        if not found:
             raise ConfigError(
-                f"--best: no checkpoint of {options.run_dir} has a score; name a --step, or train "
+                f"--best: no checkpoint of {run_dir} has a score; name a --step, or train "
                 "with evaluate.interval and checkpoint.keep_best"
             )
-        return best[0].path
+        return found[0].path
     newest = find_latest(directory)
     if newest is None:
         raise ConfigError(f"{directory} has no checkpoint yet; name a run that has saved one")

@@ -1,12 +1,14 @@
 """Parse the command line, then import what the verb needs: `mopd --help` stays instant.
 
-Exit codes: 0 done, 1 failed, 2 the command or the recipe is wrong.
+Exit codes: 0 done, 1 failed or found something wrong, 2 the command or the recipe is wrong, 130
+interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,15 +37,11 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors of users are one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="mopd", description="Multi-teacher on-policy distillation."
-    )
-    parser.add_argument("--version", action="version", version=f"mopd {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb, summary in VERBS.items():
-        # The verb parses its own words, so that its module is imported only when it is used.
-        verbs.add_parser(verb, help=summary, add_help=False)
-    chosen, _ = parser.parse_known_args(words[:1])
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could stand at the cursor
+        from mopd.cli.completion import complete
+
+        complete()
+    chosen, _ = parser().parse_known_args(words[:1])
     run = importlib.import_module(f"mopd.cli.{chosen.verb}").run
     try:
         return run(words[1:])
@@ -53,3 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MopdError as error:
         print(f"mopd: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        from mopd.runtime.signals import INTERRUPTED
+
+        return INTERRUPTED
+    except BrokenPipeError:  # who reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command without its verbs' own words."""
+    found = argparse.ArgumentParser(
+        prog="mopd", description="Multi-teacher on-policy distillation."
+    )
+    found.add_argument("--version", action="version", version=f"mopd {__version__}")
+    verbs = found.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, summary in VERBS.items():
+        # The verb parses its own words, so that its module is imported only when it is used.
+        verbs.add_parser(verb, help=summary, add_help=False)
+    return found

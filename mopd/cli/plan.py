@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mopd.cli.words import add_words, parse
 from mopd.config.check_servers import is_started
-from mopd.config.cluster import KINDS, DeviceKind
 from mopd.config.load import load_config, parse_arguments
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
@@ -26,18 +26,22 @@ if TYPE_CHECKING:
 
 def run(words: Sequence[str]) -> int:
     """Print the plan of a recipe; nothing has to be downloaded, and nothing is started."""
-    parser = argparse.ArgumentParser(
+    options, rest = parse(parser(), words)
+    recipe, overrides = parse_arguments(rest)
+    config = _load(recipe, overrides)
+    return _show(config, as_json=options.json, svg=options.svg)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="mopd plan",
         description="Show who sits on which device of the recipe's cluster, and the memory it "
         "takes. Models need not be there: config.json of known ones is in recipes/models.",
     )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="recipe=<name>, overrides")
-    parser.add_argument("--json", action="store_true", help="print plan and estimate as JSON")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the picture as SVG, too")
-    options, unknown = parser.parse_known_args(words)
-    recipe, overrides = parse_arguments([*unknown, *options.words])
-    config = _load(recipe, overrides)
-    return _show(config, as_json=options.json, svg=options.svg)
+    add_words(found)
+    found.add_argument("--json", action="store_true", help="print plan and estimate as JSON")
+    found.add_argument("--svg", type=Path, metavar="FILE", help="write the picture as SVG, too")
+    return found
 
 
 def _load(recipe: str, overrides: Sequence[str]) -> RunConfig:
@@ -69,13 +73,16 @@ def _show(config: RunConfig, *, as_json: bool, svg: Path | None) -> int:
     from mopd.config.check import check_config
     from mopd.runtime.demand import student_ranks
     from mopd.runtime.memory import estimate, read_shapes, taking_turns, too_large
+    from mopd.runtime.nodes import device_here
     from mopd.runtime.placement import place
 
     ranks = student_ranks(config)
     check_config(config, world_size=ranks, files=False)
     # torchrun starts as many ranks on every node, Ray as many as go there
     plan = place(
-        config, world_size=ranks if config.launcher == "torchrun" else None, device=_device(config)
+        config,
+        world_size=ranks if config.launcher == "torchrun" else None,
+        device=device_here(config),
     )
     shares: tuple[Share, ...] = ()
     problems: list[str] = []
@@ -96,6 +103,8 @@ def _show(config: RunConfig, *, as_json: bool, svg: Path | None) -> int:
         print(json.dumps(_as_json(plan, shares, problems, notes), indent=2))
     else:
         print(describe(config, plan, shares, problems=problems, notes=notes))
+        if svg is not None:
+            print(svg)
     return 1 if problems else 0
 
 
@@ -104,15 +113,6 @@ def _unknown_models(config: RunConfig) -> Iterator[str]:
         own = teacher.backend.type in ("hf", "megatron") or is_started(teacher.backend)
         if own and teacher.model is None and teacher.weight > 0:
             yield f"memory of teachers.{name} is left out: teachers.{name}.model is not set"
-
-
-def _device(config: RunConfig) -> DeviceKind:
-    name: str = config.run.device
-    if name == "auto":
-        from mopd.device import get_device  # brings torch in
-
-        name = get_device(name).name
-    return KINDS[name]
 
 
 def _write(path: Path, text: str) -> None:

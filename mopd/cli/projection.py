@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 def run(words: Sequence[str]) -> int:
     """Parse, import what the verb needs, run it. Files and folders are local."""
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     return options.run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="mopd projection", description="The projection of two tokenizers; no model is read."
     )
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = found.add_subparsers(dest="verb", metavar="VERB", required=True)
     pair = argparse.ArgumentParser(add_help=False)
     pair.add_argument("--student", type=Path, required=True, metavar="DIR")
     pair.add_argument("--teacher", type=Path, required=True, metavar="DIR")
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
     build = verbs.add_parser("build", parents=[pair, shape], help="build W and keep it in a file")
     build.add_argument("--out", type=Path, required=True, metavar="FILE")
+    build.add_argument("--json", action="store_true", help="print what was written as JSON")
     build.set_defaults(run=_build)
     audit = verbs.add_parser("audit", parents=[pair], help="coverage by class of characters")
     audit.add_argument("--text", type=Path, metavar="FILE", help="a sample: .jsonl or plain text")
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     token = show.add_mutually_exclusive_group(required=True)
     token.add_argument("--token", metavar="TEXT", help=r"its text; escapes like \n or \xe4 work")
     token.add_argument("--id", type=int, metavar="ID")
+    show.add_argument("--json", action="store_true", help="print its row of W as JSON")
     show.set_defaults(run=_show)
     convert = verbs.add_parser("convert", parents=[pair], help="import a NeMo-RL top-k .pt file")
     convert.add_argument("file", type=Path, metavar="FILE.pt")
@@ -74,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="one-hot rows for tokens of equal bytes, whatever the file says",
     )
+    convert.add_argument("--json", action="store_true", help="print what was written as JSON")
     convert.set_defaults(run=_convert)
-    return parser
+    return found
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -83,7 +86,7 @@ def _build(options: argparse.Namespace) -> int:
     student, teacher = _vocabularies(options)
     begin = time.perf_counter()
     projection = _built(student, teacher, shape)
-    _save(options.out, projection, shape=shape, seconds=time.perf_counter() - begin)
+    _save(options, projection, shape=shape, seconds=time.perf_counter() - begin)
     return 0
 
 
@@ -115,7 +118,9 @@ def _convert(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     seconds = time.perf_counter() - begin
-    _save(options.out, found.projection, shape=NEMO_OPTIONS, seconds=seconds)
+    _save(options, found.projection, shape=NEMO_OPTIONS, seconds=seconds)
+    if options.json:
+        return 0
     print(
         f"recipes use it with ctkd.max_length={NEMO_OPTIONS.max_length} "
         f"ctkd.gamma={NEMO_OPTIONS.gamma}"
@@ -181,7 +186,7 @@ def _show(options: argparse.Namespace) -> int:
     if options.file is not None:
         _need_file(options.file)
     student, teacher = _vocabularies(options)
-    from mopd.projection.describe import token_lines
+    from mopd.projection.describe import token_lines, token_row
     from mopd.projection.store import load_projection
 
     token = _find_token(student, options)
@@ -190,6 +195,9 @@ def _show(options: argparse.Namespace) -> int:
     else:
         _need_projection(options.file)
         projection = load_projection(options.file, student=student, teacher=teacher, options=None)
+    if options.json:
+        print(json.dumps(token_row(token, teacher=teacher, projection=projection)))
+        return 0
     for line in token_lines(token, student=student, teacher=teacher, projection=projection):
         print(line)
     return 0
@@ -295,10 +303,17 @@ def _vocabulary(flag: str, path: Path, eos_token: str | None) -> Vocabulary:
     return Vocabulary.from_tokenizer(tokenizer, eos_token=eos_token)
 
 
-def _save(path: Path, projection: Projection, *, shape: ProjectionOptions, seconds: float) -> None:
+def _save(
+    options: argparse.Namespace,
+    projection: Projection,
+    *,
+    shape: ProjectionOptions,
+    seconds: float,
+) -> None:
     from mopd.projection.store import save_projection
     from mopd.types import EXACT, SPECIAL
 
+    path: Path = options.out
     if path.is_dir():
         raise ConfigError(f"--out {path}: is a folder; name a file")
     try:
@@ -306,6 +321,18 @@ def _save(path: Path, projection: Projection, *, shape: ProjectionOptions, secon
     except OSError as error:
         raise ConfigError(f"--out {path}: cannot be written ({error.strerror})") from error
     exact = int(((projection.kind == EXACT) | (projection.kind == SPECIAL)).sum())
+    if options.json:
+        said = {
+            "path": str(path),
+            "bytes": path.stat().st_size,
+            "student_size": projection.student_size,
+            "teacher_size": projection.teacher_size,
+            "weights": len(projection.col),
+            "exact": exact,
+            "seconds": seconds,
+        }
+        print(json.dumps(said))
+        return
     print(
         f"{path}: {path.stat().st_size / 1e6:.2f} MB, {projection.student_size} x "
         f"{projection.teacher_size}, {len(projection.col)} weights, "

@@ -14,7 +14,7 @@ from mopd.serving.scoring import check_exposure
 
 def run(words: Sequence[str]) -> int:
     """Serves until it is interrupted. With vLLM this process becomes vLLM's server."""
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     token = _token(options.token_env)
     check_exposure(options.host, token=token)
     if not options.model.is_dir():
@@ -46,25 +46,25 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="mopd serve",
         description="Score token ids for mopd's teachers, or sample for its students.",
     )
-    parser.add_argument("--model", type=Path, required=True, help="a local directory")
-    parser.add_argument("--engine", choices=("hf", "vllm"), default="hf")
-    parser.add_argument("--score", action="store_true", help="the default, without --sample")
-    parser.add_argument(
+    found.add_argument("--model", type=Path, required=True, help="a local directory")
+    found.add_argument("--engine", choices=("hf", "vllm"), default="hf")
+    found.add_argument("--score", action="store_true", help="the default, without --sample")
+    found.add_argument(
         "--sample", action="store_true", help="sample and take a student's weights instead"
     )
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8900)
-    parser.add_argument("--device", default="cpu", help="of --engine hf")
-    parser.add_argument("--token-env", metavar="NAME", help="variable that holds the token")
-    parser.add_argument(
+    found.add_argument("--host", default="127.0.0.1")
+    found.add_argument("--port", type=int, default=8900)
+    found.add_argument("--device", default="cpu", help="of --engine hf")
+    found.add_argument("--token-env", metavar="NAME", help="variable that holds the token")
+    found.add_argument(
         "vllm", nargs="*", help="after `--`: more words for vLLM's server (--engine vllm)"
     )
-    return parser
+    return found
 
 
 def _token(variable: str | None) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
@@ -76,16 +77,19 @@ def _unknown_key(key: str, section: type[BaseModel], *, prefix: str, origin: str
     if close:
         hint = f"did you mean `{printable(prefix)}{close[0]}`?"
     else:
-        elsewhere = [path for path in _paths(RunConfig, "") if path.rpartition(".")[2] == key]
+        elsewhere = [path for path, _ in key_paths() if path.rpartition(".")[2] == key]
         places = " or ".join(f"`{path}`" for path in elsewhere)
         hint = f"did you mean {places}?" if elsewhere else f"known keys: {', '.join(known)}"
     return f"unknown key `{printable(prefix + key)}` ({origin}): {hint}"
 
 
-def _paths(section: type[BaseModel], prefix: str) -> Iterator[str]:
+def key_paths(
+    section: type[BaseModel] = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a recipe that takes a value; ``<name>`` stands for a name that users choose."""
     for key, field in section.model_fields.items():
         nested, named = _subsection(field.annotation)
         if nested is None:
-            yield prefix + key
+            yield prefix + key, field
         else:
-            yield from _paths(nested, f"{prefix}{key}.<name>." if named else f"{prefix}{key}.")
+            yield from key_paths(nested, f"{prefix}{key}.<name>." if named else f"{prefix}{key}.")

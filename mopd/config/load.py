@@ -108,10 +108,14 @@ def _find(recipe: str | Path) -> Path:
     return path
 
 
-def _available() -> str:
+def recipe_names() -> list[str]:
+    """What ``recipe=`` takes beside a path."""
     found = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem not in LAYERS)
-    names = ", ".join(path.relative_to(RECIPES).with_suffix("").as_posix() for path in found)
-    return f"recipes: {names or 'none'}, or the path of a .yaml file"
+    return [path.relative_to(RECIPES).with_suffix("").as_posix() for path in found]
+
+
+def _available() -> str:
+    return f"recipes: {', '.join(recipe_names()) or 'none'}, or the path of a .yaml file"
 
 
 def _read_layers(path: Path, above: tuple[Path, ...]) -> Iterator[DictConfig]:

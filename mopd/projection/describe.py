@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,23 @@ def token_lines(
         + (f": {listed([named(student, i) for i in fibre])}" if fibre else "")
     )
     return lines
+
+
+def token_row(token: int, *, teacher: Vocabulary, projection: Projection) -> dict[str, Any]:
+    """A student token's row of W, for programs; the null column has no text."""
+    row = slice(int(projection.crow[token]), int(projection.crow[token + 1]))
+    columns, weights = projection.col[row].tolist(), projection.val[row].tolist()
+    entries = [
+        {
+            "teacher": column,
+            "text": None
+            if column == projection.teacher_size
+            else quoted(teacher.token_bytes[column]),
+            "weight": weight,
+        }
+        for column, weight in zip(columns, weights, strict=True)
+    ]
+    return {"student": token, "kind": _KINDS[int(projection.kind[token])], "row": entries}
 
 
 def quoted(data: bytes) -> str:

@@ -111,7 +111,7 @@ class Aligner:
         rows: dict[str, TeacherRows] = {}
         said: dict[str, np.ndarray] = {}
         for name, score in scores.items():
-            found = self._alignment(rollout, score)
+            found = self.alignment(rollout, score)
             self._count(rollout, name, found, tally)
             trainable = found.trainable(trained)
             report: dict[str, tuple[float, float]] = {}
@@ -158,7 +158,8 @@ class Aligner:
             counts[f"tokens {kind}"] += tokens
         counts["tokens unaligned"] += len(rollout.token_ids) - covered
 
-    def _alignment(self, rollout: Rollout, scores: TeacherScores) -> TextAlignment:
+    def alignment(self, rollout: Rollout, scores: TeacherScores) -> TextAlignment:
+        """The chunks of one answer that are behind its rows."""
         if self._options.by_position:
             by_index = align_positions(len(rollout.token_ids), len(scores.token_ids))
             every = np.ones(by_index.num_chunks, dtype=bool)

@@ -89,11 +89,11 @@ def build_run(config: RunConfig, servers: ServerSource) -> Run:
 def _build_run(config: RunConfig, servers: ServerSource, opened: ExitStack) -> Run:
     backend = get_device(config.run.device)
     check_dtype(backend, config.student.dtype)
-    torch.set_num_threads(config.run.threads or _threads_per_rank(config))
+    torch.set_num_threads(config.run.threads or threads_per_rank(config))
     router = Router(config.teachers, config.distillation)
     assert config.data.path is not None and config.student.model is not None
     with announced("reading the data"):
-        data = _read_data(config, router)
+        data = read_data(config, router)
     with announced("loading the tokenizers"):
         tokenizers = load_tokenizers(config)
     for key, rows in data.items():
@@ -194,7 +194,7 @@ def _patience(config: RunConfig) -> timedelta:
     return max(TIMEOUT, stall if config.run.stall_s else timedelta(weeks=1))
 
 
-def _threads_per_rank(config: RunConfig) -> int:
+def threads_per_rank(config: RunConfig) -> int:
     """An even share of the cores; one for a small student, whose threads would only wait."""
     if read_model_config(Path(str(config.student.model))).hidden_size <= SMALL_HIDDEN_SIZE:
         return 1
@@ -202,8 +202,12 @@ def _threads_per_rank(config: RunConfig) -> int:
     return max(1, (os.cpu_count() or 1) // local_world)
 
 
-def _read_data(config: RunConfig, router: Router) -> dict[str, list[Prompt]]:
-    """Rows by the key of their path; none where it is not set."""
+def read_data(config: RunConfig, router: Router) -> dict[str, list[Prompt]]:
+    """Rows by the key of their path; none where it is not set.
+
+    Raises:
+        ConfigError: a row that cannot be used, with its file and line.
+    """
     from_data = config.rollout.backend.type == "dataset"
     mixed = config.rollout.lmbda < 1.0 and config.rollout.off_policy == "dataset"
     answered = {

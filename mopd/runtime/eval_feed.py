@@ -53,7 +53,7 @@ class EvalFeed:
         self._sampler = sampler
         self._pool = pool
         self._student = student
-        self._aligner = aligner
+        self.aligner = aligner
         self._objective = objective
         self._options = options
 
@@ -75,7 +75,7 @@ class EvalFeed:
         tally = Tally()
         batch, _ = collate(
             0,
-            self._aligner.samples(gathered.rollouts, gathered.scores, tally),
+            self.aligner.samples(gathered.rollouts, gathered.scores, tally),
             scores=gathered.scores,
             masked=(tally.sums["masked"], tally.counts["masked"]),
             objective=self._objective,

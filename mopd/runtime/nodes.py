@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mopd.config.backends import RemoteSection
 from mopd.config.check_servers import device_shares
-from mopd.config.cluster import KINDS
+from mopd.config.cluster import KINDS, DeviceKind
 from mopd.config.keys import printable
 from mopd.config.schema import RunConfig
 from mopd.config.urls import check_address
@@ -143,6 +143,16 @@ def visible_devices(
     if given is None:
         return [str(index) for index in range(count())]
     return [name for part in given.split(",") if (name := part.strip())]
+
+
+def device_here(config: RunConfig) -> DeviceKind:
+    """What the recipe runs on, on this host; torch knows what `auto` finds."""
+    name: str = config.run.device
+    if name == "auto":
+        from mopd.device import get_device
+
+        name = get_device(name).name
+    return KINDS[name]
 
 
 def listen_address(seat: Seat, environment: Mapping[str, str]) -> str:

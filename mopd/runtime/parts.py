@@ -35,21 +35,26 @@ def load_tokenizers(config: RunConfig) -> Tokenizers:
     Raises:
         ConfigError: a tokenizer is missing, damaged, or not the one that a loss needs.
     """
-    student = _tokenizer("student", config.student)
+    student = load_tokenizer("student", config.student)
     found = Tokenizers(
         student=student,
         teachers={
             name: student
             if teacher.backend.type == "self"
-            else _tokenizer(f"teachers.{name}", teacher)
+            else load_tokenizer(f"teachers.{name}", teacher)
             for name, teacher in active_teachers(config).items()
         },
     )
-    _check_tokenizers(config, found)
+    check_tokenizers(config, found)
     return found
 
 
-def _tokenizer(key: str, section: StudentSection | TeacherSection) -> ChatTokenizer:
+def load_tokenizer(key: str, section: StudentSection | TeacherSection) -> ChatTokenizer:
+    """Of ``student`` or of ``teachers.<name>``, by the section of that key.
+
+    Raises:
+        ConfigError: it is missing or damaged, or does not end a turn as its template does.
+    """
     path = str(section.tokenizer or section.model)
     try:
         found = ChatTokenizer.load(path, eos_token=section.eos_token)
@@ -59,7 +64,8 @@ def _tokenizer(key: str, section: StudentSection | TeacherSection) -> ChatTokeni
     return found
 
 
-def _check_tokenizers(config: RunConfig, tokenizers: Tokenizers) -> None:
+def check_tokenizers(config: RunConfig, tokenizers: Tokenizers) -> None:
+    """Raises ConfigError where a loss needs the student's tokenizer and a teacher has another."""
     own = tokenizers.student.vocabulary.fingerprint
     for name, teacher in active_teachers(config).items():
         same = tokenizers.teachers[name].vocabulary.fingerprint == own
@@ -72,29 +78,42 @@ def _check_tokenizers(config: RunConfig, tokenizers: Tokenizers) -> None:
 
 def load_pairs(config: RunConfig, tokenizers: Tokenizers, topology: Topology) -> dict[str, Pair]:
     """One rank builds what is missing, the others read it; all stay on the CPU."""
-    store = ProjectionStore(Path(config.cache_dir) / "projections")
-    options = projection_options(config)
     student = tokenizers.student.vocabulary
     teachers = {name: chat.vocabulary for name, chat in tokenizers.teachers.items()}
-    sections = active_teachers(config)
-    needed = [n for n, t in sections.items() if loss_name(config, t) not in ("kl", "opd")]
-
-    def get(name: str) -> Projection:
-        path = sections[name].projection_matrix_path
-        try:
-            with announced(f"the projection onto the tokens of teachers.{name}"):
-                return store.get(student, teachers[name], options, path=path)
-        except ArtifactError as error:
-            if path is None:
-                raise
-            raise ConfigError(f"teachers.{name}.projection_matrix_path: {error}") from error
 
     def read() -> dict[str, Projection]:
-        return {name: get(name) for name in needed}
+        found: dict[str, Projection] = {}
+        for name in projected(config):
+            with announced(f"the projection onto the tokens of teachers.{name}"):
+                found[name] = load_projection(config, tokenizers, name)
+        return found
 
     found = read() if topology.rank == 0 else {}
     dist.barrier()
     return pairs(config, found or read(), student=student, teachers=teachers)
+
+
+def projected(config: RunConfig) -> list[str]:
+    """Teachers whose loss needs a projection."""
+    sections = active_teachers(config)
+    return [n for n, t in sections.items() if loss_name(config, t) not in ("kl", "opd")]
+
+
+def load_projection(config: RunConfig, tokenizers: Tokenizers, name: str) -> Projection:
+    """That of a teacher: its own file, or the one in the cache, which is built where it is missing.
+
+    Raises:
+        ConfigError: the teacher's own file is of other tokenizers, or damaged.
+    """
+    store = ProjectionStore(Path(config.cache_dir) / "projections")
+    path = config.teachers[name].projection_matrix_path
+    pair = (tokenizers.student.vocabulary, tokenizers.teachers[name].vocabulary)
+    try:
+        return store.get(*pair, projection_options(config), path=path)
+    except ArtifactError as error:
+        if path is None:
+            raise
+        raise ConfigError(f"teachers.{name}.projection_matrix_path: {error}") from error
 
 
 def build_head(

@@ -52,13 +52,7 @@ def build_sampler(
         return _servers(backend, jobs, topology, directory=directory)
 
     def in_process() -> HfSampler:
-        return HfSampler(
-            model,
-            tokenizer=tokenizer,
-            device=topology.device,
-            options=options,
-            batch_size=backend.batch_size,
-        )
+        return sampler_here(config, tokenizer, topology.device)
 
     if backend.type == "dataset":
         return OnDemandSampler(in_process) if config.data.heldout_path else None
@@ -70,6 +64,17 @@ def build_sampler(
         tokenizer=tokenizer,
         num_generations=options.num_generations,
         live=live,
+    )
+
+
+def sampler_here(config: RunConfig, tokenizer: ChatTokenizer, device: torch.device) -> HfSampler:
+    """A transformers copy of ``student.model`` here, whatever the recipe samples with."""
+    return HfSampler(
+        Path(str(config.student.model)),
+        tokenizer=tokenizer,
+        device=device,
+        options=_options(config, tokenizer),
+        batch_size=config.rollout.backend.batch_size,
     )
 
 

@@ -55,7 +55,7 @@ def build_pool(
     teachers: dict[str, Teacher] = {}
     try:
         for name in active_teachers(config):
-            teachers[name] = _teacher(
+            teachers[name] = build_teacher(
                 config, name, tokenizers[name], student=student, device=device
             )
     except BaseException:
@@ -107,7 +107,7 @@ def _characters(chat: Sequence[Message]) -> int:
     return sum(len(message["content"]) for message in chat)
 
 
-def _teacher(
+def build_teacher(
     config: RunConfig,
     name: str,
     tokenizer: ChatTokenizer,
@@ -115,6 +115,11 @@ def _teacher(
     student: ChatTokenizer,
     device: torch.device,
 ) -> Teacher:
+    """One teacher, loaded or reached and tested.
+
+    Raises:
+        ConfigError: it cannot be the teacher that the recipe means.
+    """
     section, top_k = config.teachers[name], config.distillation.top_k
     _check_privileged(name, section.privileged, tokenizer)
     match section.backend.type:

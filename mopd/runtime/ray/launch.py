@@ -7,10 +7,10 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from mopd.config.cluster import KINDS, DeviceKind
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 from mopd.runtime.exits import Ending, ending_of
+from mopd.runtime.nodes import device_here
 from mopd.runtime.placement import place
 from mopd.runtime.ray.berths import asked
 from mopd.runtime.ray.head import LocalHead
@@ -44,7 +44,7 @@ def _run(config: RunConfig, world: str | None) -> Ending:
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     with ExitStack() as opened:
         if address is None:
-            wanted = asked(place(config, device=_device_here(config)))
+            wanted = asked(place(config, device=device_here(config)))
             head = LocalHead(num_cpus=int(wanted["CPU"]))
             opened.callback(head.close)
             head.wait()
@@ -52,16 +52,6 @@ def _run(config: RunConfig, world: str | None) -> Ending:
         from mopd.runtime.ray.driver import drive
 
         return drive(config, address or head.address, world=world, is_own=address is None)
-
-
-def _device_here(config: RunConfig) -> DeviceKind:
-    """Of this host; torch knows what `auto` finds."""
-    name = config.run.device
-    if name == "auto":
-        from mopd.device import get_device
-
-        name = get_device("auto").name
-    return KINDS[name]
 
 
 def _refuse_lost_results(config: RunConfig) -> None:
