@@ -32,9 +32,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run(words: Sequence[str]) -> int:
     options = parser().parse_args(words)
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    print(argcomplete.shellcode(["mopd"], shell=options.shell))
+    print(shellcode(["mopd"], shell=options.shell))
     return 0
 
 
@@ -55,7 +55,7 @@ def whole_parser(line: str) -> argparse.ArgumentParser:
     (verbs,) = (a for a in found._actions if isinstance(a, argparse._SubParsersAction))
     verb = next((word for word in line.split()[1:] if word in main.VERBS), None)
     if verb is not None:
-        own = importlib.import_module(f"mopd.cli.{verb}").parser()
+        own: argparse.ArgumentParser = importlib.import_module(f"mopd.cli.{verb}").parser()
         verbs._name_parser_map[verb] = own
         for action in own._actions:
             if action.dest == "words":

@@ -48,6 +48,8 @@ def run(words: Sequence[str]) -> int:
     if options.step is not None and options.run is None:
         raise ConfigError("--step: is of a run's checkpoints; name it with --run")
     config = _config(rest, options.run)
+    if options.loss:
+        _refuse_losses(config)
     with (
         tempfile.TemporaryDirectory(prefix="mopd-eval-") as temporary,
         _model(config, options, Path(temporary)) as model,
@@ -55,11 +57,20 @@ def run(words: Sequence[str]) -> int:
         from mopd.runtime.measure import accuracies, measured_recipe, with_losses
 
         config = measured_recipe(config, model, directory=Path(temporary))
-        if options.loss and config.data.validation_path is None:
-            raise ConfigError("--loss: data.validation_path is not set; name rows with answers")
         found = with_losses(config) if options.loss else accuracies(config)
         _show(found, model, as_json=options.json)
     return 0
+
+
+def _refuse_losses(config: RunConfig) -> None:
+    if config.data.validation_path is None:
+        raise ConfigError("--loss: data.validation_path is not set; name rows with answers")
+    own = [name for name, one in config.teachers.items() if one.backend.type == "self"]
+    if own:
+        raise ConfigError(
+            f"--loss: teachers.{own[0]} is the student before it learned (backend.type=self), "
+            "which the measured model no longer is; leave --loss out"
+        )
 
 
 def _config(words: Sequence[str], run_dir: Path | None) -> RunConfig:

@@ -220,8 +220,8 @@ def _replay(directory: Path, *, as_json: bool) -> int:
         return 1 if wrong else 0
     rows = [("name", "recorded", "computed", "")]
     for name, pair in pairs.items():
-        told = ["-" if value is None else f"{value:.9g}" for value in pair]
-        rows.append((name, *told, "DIFFERS" if name in wrong else ""))
+        one, two = ("-" if value is None else f"{value:.9g}" for value in pair)
+        rows.append((name, one, two, "DIFFERS" if name in wrong else ""))
     print(table(rows, right=(1, 2)))
     print(
         f"{directory}: largest difference {found.largest_difference:.3g}"

@@ -13,7 +13,13 @@ import torch
 
 from mopd.config.backends import RolloutBackendSection
 from mopd.config.cluster import ClusterSection
-from mopd.config.schema import CheckpointSection, ParallelSection, RolloutSection, RunConfig
+from mopd.config.schema import (
+    CheckpointSection,
+    LoraSection,
+    ParallelSection,
+    RolloutSection,
+    RunConfig,
+)
 from mopd.device import get_device
 from mopd.errors import ConfigError
 from mopd.runtime.build import build_run, threads_per_rank
@@ -34,10 +40,8 @@ def measured_recipe(config: RunConfig, model: Path, *, directory: Path) -> RunCo
         mask_truncated_completions=config.rollout.mask_truncated_completions,
         backend=RolloutBackendSection(type="hf", batch_size=config.rollout.backend.batch_size),
     )
-    student = {"model": str(model), "parallel": ParallelSection()}
-    lora = config.student.lora.model_copy(update={"rank": None, "path": None})
-    if all(t.backend.type != "self" for t in config.teachers.values()):
-        student["lora"] = lora  # what an adapter learned is in an exported model
+    # what an adapter learned is in an exported model
+    student = {"model": str(model), "parallel": ParallelSection(), "lora": LoraSection()}
     return config.model_copy(
         update={
             "student": config.student.model_copy(update=student),
