@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mopd.cli.words import add_words, parse
+from mopd.cli.words import add_words, parse, said_aside
 from mopd.errors import ConfigError
 from mopd.metrics.text import printable
 
@@ -46,11 +46,12 @@ def run(words: Sequence[str]) -> int:
     recipe, overrides = parse_arguments(rest)  # a wrong command is no finding
     found: list[Finding] = []
     failed_live = False
-    for finding, is_live in _findings(recipe, overrides, live=options.live, quiet=options.json):
-        found.append(finding)
-        failed_live |= is_live and finding.status == "problem"
-        if not options.json:
-            print(_line(finding), flush=True)
+    with said_aside(options.json):
+        for finding, is_live in _findings(recipe, overrides, live=options.live):
+            found.append(finding)
+            failed_live |= is_live and finding.status == "problem"
+            if not options.json:
+                print(_line(finding), flush=True)
     problems = sum(finding.status == "problem" for finding in found)
     code = 0 if not problems else 1 if failed_live else 2
     if options.json:
@@ -65,7 +66,7 @@ def _line(finding: Finding) -> str:
 
 
 def _findings(
-    recipe: str, overrides: Sequence[str], *, live: bool, quiet: bool
+    recipe: str, overrides: Sequence[str], *, live: bool
 ) -> Iterator[tuple[Finding, bool]]:
     """Each with whether it comes from a live check, which begins once nothing else is wrong."""
     from mopd.config.check import check_config
@@ -73,7 +74,7 @@ def _findings(
     from mopd.demo.fill import WorldFill
     from mopd.runtime.demand import student_ranks
 
-    fill = WorldFill(announce=not quiet)
+    fill = WorldFill(announce=True)
     try:
         config = load_config(recipe, overrides, fill=fill)
         check_config(config, world_size=student_ranks(config))

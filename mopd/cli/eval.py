@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mopd.cli.table import table
-from mopd.cli.words import add_words, parse
+from mopd.cli.words import add_words, parse, said_aside
 from mopd.errors import ArtifactError, ConfigError
 from mopd.metrics.text import json_line, printable
 
@@ -57,7 +57,8 @@ def run(words: Sequence[str]) -> int:
         from mopd.runtime.measure import accuracies, measured_recipe, with_losses
 
         config = measured_recipe(config, model, directory=Path(temporary))
-        found = with_losses(config) if options.loss else accuracies(config)
+        with said_aside(options.json):
+            found = with_losses(config) if options.loss else accuracies(config)
         _show(found, model, as_json=options.json)
     return 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mopd.cli.table import table
-from mopd.cli.words import add_words, parse
+from mopd.cli.words import add_words, parse, said_aside
 from mopd.errors import ConfigError
 from mopd.metrics.text import json_line, printable
 
@@ -94,7 +94,7 @@ def _score(config: RunConfig, file: Path, options: argparse.Namespace, directory
         config = config.model_copy(update={"data": data})
         file = directory / "rows.jsonl"
     config = for_one_teacher(config, options.teacher, data=file, directory=directory)
-    with scoring_run(config) as run:
+    with said_aside(options.json), scoring_run(config) as run:
         found = score_texts(run)
         assert run.pool is not None
         vocabulary = run.tokenizer.vocabulary

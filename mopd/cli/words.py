@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Any
 
 from mopd.errors import ConfigError
 
@@ -31,3 +34,8 @@ def parse(
                 "keys of a recipe are written without dashes, as in train.steps=3"
             )
     return options, [*unknown, *options.words]
+
+
+def said_aside(as_json: bool) -> AbstractContextManager[Any]:
+    """Within it, what the parts of a run say on stdout goes to stderr: stdout is for JSON alone."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()

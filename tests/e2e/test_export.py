@@ -157,6 +157,10 @@ def test_checkpoints_are_listed_and_verified(
     assert "tp2" in rows[0] and "one of the last 2" in rows[0]
     assert "newest" in rows[1] and sum("best" in row for row in rows) == 1
     newest = run / "checkpoints" / "step-000002"
+    assert main(["checkpoint", "list", str(run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(one["step"], one["layout"]["tensor"]) for one in told] == [(1, 2), (2, 2)]
+    assert told[1]["path"] == str(newest) and "newest" in told[1]["why"]
     assert main(["checkpoint", "verify", str(run), "--all"]) == 0
     assert capsys.readouterr().out.count(": intact (") == 2
     (newest / "notes.txt").touch()
@@ -167,6 +171,9 @@ def test_checkpoints_are_listed_and_verified(
         said = capsys.readouterr().out.splitlines()
         assert len(said) == 2
         assert "notes.txt is not in the manifest" in said[0] and "SHA-256" in said[1]
+        assert main(["checkpoint", "verify", str(path), "--json"]) == 1
+        (told,) = json.loads(capsys.readouterr().out)
+        assert told["path"] == str(newest) and told["problems"] == said
     (newest / "manifest.json").write_text("{}")
     assert main(["checkpoint", "list", str(run)]) == 0
     assert "DAMAGED" in capsys.readouterr().out

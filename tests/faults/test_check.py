@@ -12,6 +12,7 @@ from mopd.demo import World
 from tests.faults.test_refusals import CASES, SIZE, recipe
 from tests.helpers.cli import Said, mopd
 from tests.helpers.runs import words
+from tests.helpers.small_server import SCRIPT, TEACHER, left_over, small_server, starts
 from tests.helpers.stub_scorers import PrefixScorer
 from tests.helpers.stub_server import StubOptions, StubServer
 
@@ -53,9 +54,8 @@ def test_a_right_recipe_is_ok_and_nothing_is_left_behind(tiny_world: World, tmp_
     assert said.code == 0, said
     lines = said.out.splitlines()
     assert lines[-1] == "mopd_ctkd: ok"
-    for item in ("teachers.sort ", "teachers.upper ", "rollout.backend ", "projection of sort "):
-        (line,) = (line for line in lines if line.startswith(item))
-        assert re.search(r"\sok\s", line), line
+    for item in ("teachers.sort", "teachers.upper", "rollout.backend", "projection of sort"):
+        assert re.search(rf"^{item} +ok ", said.out, re.MULTILINE), item
     assert re.search(r"rollout.backend .*answered row \S+ with \d+ tokens", said.out)
     assert not (tmp_path / "run").exists()
 
@@ -105,7 +105,7 @@ def test_several_mistakes_in_files_are_all_told(tiny_world: World, tmp_path: Pat
     ("more", "wanted"),
     [
         (["train.stpes=3"], "did you mean `train.steps`?"),
-        (["data.path=null"], "data.path"),
+        (["data.path=/no/such.jsonl"], "data.path: /no/such.jsonl"),
         (["rollout.temperature=0"], "rollout.temperature"),
     ],
 )
@@ -126,3 +126,29 @@ def test_teachers_on_the_students_ranks_are_tested_for_real(
     )
     assert said.code == 0, said
     assert re.search(r"^teachers.sort +ok +megatron", said.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["starts", "fails"])
+def test_servers_of_the_recipe_are_started_and_ended(
+    fails: bool, tiny_world: World, tmp_path: Path
+) -> None:
+    script = small_server(tmp_path, script=SCRIPT if fails else TEACHER)
+    keys = {
+        "teachers__sort__backend__type": "vllm",
+        "teachers__sort__backend__server__python": script,
+        "teachers__sort__backend__server__args": "[--fail]" if fails else "[]",
+        "distillation__top_k": 16,
+    }
+    said = mopd(
+        *("check", "recipe=mopd_ctkd", "--live", "--json"),
+        *words(tiny_world, tmp_path, "run", **keys),
+    )
+    status = {one["item"]: one["status"] for one in said.json["findings"]}
+    assert len(starts(script)) == 1 and left_over(script) == []
+    assert "starting vLLM for teachers.sort" in said.err
+    assert said.code == int(fails)
+    assert status["servers"] == ("problem" if fails else "ok")
+    assert status["teachers.sort"] == ("skipped" if fails else "ok")
+    assert status["teachers.upper"] == status["rollout.backend"] == "ok"
+    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "cache" / "check" / "run" / "servers").glob("*.log"))

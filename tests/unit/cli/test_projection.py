@@ -52,6 +52,10 @@ def test_build_writes_what_a_run_reads(
     options = ProjectionOptions(max_length=4, gamma=0.1)
     loaded = ProjectionStore(tmp_path).get(student, teacher, options, path=str(path))
     assert len(loaded.col) == int(printed.split(" weights")[0].split()[-1])
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["path"] == str(path) and told["weights"] == len(loaded.col)
+    assert (told["student_size"], told["teacher_size"]) == (552, 560)
 
 
 def test_build_takes_the_end_of_turn_of_the_recipe(
@@ -135,6 +139,10 @@ def test_show_a_token_of_several_pieces(
     assert re.fullmatch(r'row of W       "1" \(\d+\) 1\.0000', lines[2])
     assert lines[3].startswith("fibre          10 other student tokens in column")
     assert '"14"' in lines[3]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kind"] == "several pieces"
+    assert [(one["text"], one["weight"]) for one in told["row"]] == [('"1"', 1.0)]
 
 
 @pytest.mark.parametrize(
