@@ -34,7 +34,7 @@ def run(words: Sequence[str]) -> int:
     options = parser().parse_args(words)
     from argcomplete.shell_integration import shellcode
 
-    print(shellcode(["mopd"], shell=options.shell))
+    print(shellcode(["mopd"], True, options.shell))
     return 0
 
 

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mopd.cli.main import main
 from mopd.demo import World
+from mopd.serving.models import load_causal_lm
+from mopd.tokens.chat import ChatTokenizer
 from tests.helpers.cli import mopd
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import step_lines, train_here, words
@@ -101,7 +104,22 @@ def test_a_text_shows_its_alignment(tiny_world: World, tmp_path: Path) -> None:
                 assert chunk[f"{side}_logprob"] == pytest.approx(total, rel=1e-5)
                 many = "1" if len(mine) == 1 else "n" if side == "student" else chunk["kind"][2]
                 assert chunk["kind"].split("-")[side == "teacher"] == many
+        assert [token["logprob"] for token in text["student_tokens"]] == pytest.approx(
+            by_transformers(tiny_world, "sort 4 3 2 1", text), abs=1e-4
+        )
     assert not (tmp_path / "run").exists()
+
+
+def by_transformers(world: World, prompt: str, text: dict[str, Any]) -> list[float]:
+    """The student's log-probabilities by a plain forward pass."""
+    tokenizer = ChatTokenizer.load(world.student)
+    before = tokenizer.prompt_ids([{"role": "user", "content": prompt}]).tolist()
+    ids = [token["id"] for token in text["student_tokens"]]
+    model = load_causal_lm(world.student, device=torch.device("cpu"))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*before, *ids]])).logits[0]
+    rows = torch.log_softmax(logits[len(before) - 1 : -1, : tokenizer.vocabulary.size], dim=-1)
+    return rows[torch.arange(len(ids)), torch.tensor(ids)].tolist()
 
 
 @pytest.mark.parametrize(
