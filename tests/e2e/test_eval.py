@@ -55,9 +55,13 @@ def test_a_finished_run_and_its_checkpoint_have_its_numbers(trained: Path) -> No
     assert answers(evaluation(trained, 0)) != answers(evaluation(trained, 2))
 
 
-def test_losses_of_the_teachers_are_those_of_the_run(trained: Path) -> None:
-    found, own = evaluated(["--run", trained, "--loss"]), evaluation(trained, 2)
+@pytest.mark.parametrize(("step", "words"), [(2, []), (1, ["--step", 1])], ids=["hf", "step"])
+def test_losses_of_the_teachers_are_those_of_the_run(
+    step: int, words: list[object], trained: Path
+) -> None:
+    found, own = evaluated(["--run", trained, "--loss", *words]), evaluation(trained, step)
     assert found.keys() == own.keys()
+    assert own["eval/loss"] != pytest.approx(evaluation(trained, 3 - step)["eval/loss"], rel=1e-3)
     for key, value in own.items():
         assert found[key] == pytest.approx(value, rel=1e-5), key
 
