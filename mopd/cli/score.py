@@ -197,7 +197,7 @@ def _named(loss: float | None, metrics: Mapping[str, float | None]) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.000
 
 
 def _replay(directory: Path, *, as_json: bool) -> int:
