@@ -155,6 +155,7 @@ class MicroBatch:
     response_mask: np.ndarray  # [B, L] bool: row i predicts a trainable response token
     rows: Mapping[str, TeacherRows] = field(default_factory=dict)
     offsets: np.ndarray | None = None  # [texts + 1] int64, ends with L; None where padded
+    domains: tuple[str, ...] = ()  # of each text; empty where nobody asks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,6 +123,7 @@ def _micro_batch(
         lengths=np.array([_length(sample) for sample in samples], dtype=np.int64),
         response_mask=mask.reshape(shape),
         rows={name: concatenate_rows(parts) for name, parts in per_teacher.items()},
+        domains=tuple(sample.rollout.prompt.domain for sample in samples),
     )
 
 

@@ -81,7 +81,17 @@ class Coupled:
     loss: Tensor
     token_grad: Tensor  # [t]
     kl: Tensor
+    chunk_kl: Tensor | None = None  # [C] the summands of ``kl``
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowKl:
+    """The summands of a block's ``kl``, row by row."""
+
+    row: Tensor  # [r] int64 rows of the block
+    total: Tensor  # [r] weight times divergence
+    weight: Tensor  # [r]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +100,7 @@ class LossSums:
 
     loss: Tensor
     kl: Tensor
+    rows: RowKl | None = None  # None: ``kl`` comes from the coupled term
     extra: Mapping[str, Tensor] = field(default_factory=dict)  # a coupled term's, by name
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mopd.losses.base import LossSums, ProjectionRows, RowBlock, zero
+from mopd.losses.base import LossSums, ProjectionRows, RowBlock, RowKl, zero
 from mopd.losses.chunk import add_token_gradient
 from mopd.losses.divergence import Divergence
 from mopd.losses.learned import LearnedRows, entry_gradient
@@ -52,13 +52,18 @@ class CtkdLoss(MergingTerm):
     ) -> LossSums:
         probs = tempered(logits, out, self.temperature, shard)
         gradient = RowGradient(probs)
-        boundary = zero(logits)
+        boundary, of_rows = zero(logits), None
         is_listed = rows.topk_logprobs.shape[1] > 0
         if is_listed and len(rows.boundary):
             term = partial(self._boundary, factor=scale * self.value_scale)
             slopes = add_boundary(gradient, probs, rows, shard, merge=self.merge, term=term)
-            boundary = (slopes.value * rows.weight).sum()
-        native = add_native(gradient, probs, rows, shard, divergence=self.divergence)
+            each = slopes.value * rows.weight
+            boundary = each.sum()
+            of_rows = RowKl(row=rows.boundary, total=each, weight=rows.weight)
+        each = add_native(gradient, probs, rows, shard, divergence=self.divergence)
+        native = each.sum()
+        if not is_listed:
+            of_rows = RowKl(row=rows.native, total=each, weight=rows.native_weight)
         path = add_paths(
             gradient,
             logits,
@@ -71,7 +76,7 @@ class CtkdLoss(MergingTerm):
         if token_grad is not None and self.has_chunk_term:
             add_token_gradient(out, logits, rows, token_grad * scale, shard)
         value = (boundary + native + path) * self.value_scale
-        return LossSums(loss=value, kl=boundary if is_listed else native)
+        return LossSums(loss=value, kl=boundary if is_listed else native, rows=of_rows)
 
     def _boundary(
         self, probs: Tensor, rows: RowBlock, shard: VocabShard, *, factor: float

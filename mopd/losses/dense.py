@@ -37,7 +37,7 @@ def add_dense(
     """``out`` [n, V_local] becomes ``factor`` times the gradient in ``logits / temperature``.
 
     ``rows.topk_logprobs`` [r, V] are the teacher's logits, log-probabilities or anything between:
-    a constant per row cancels. Returns the weighted sum of the divergences.
+    a constant per row cancels. Returns the weighted divergences [r].
     """
     columns = slice(shard.start, shard.start + shard.size)
     theirs = rows.topk_logprobs[:, columns]
@@ -58,7 +58,7 @@ def add_dense(
     grad.mul_((rows.weight * factor)[:, None])
     if block.student is not probs:
         out.zero_().index_copy_(0, rows.boundary, grad)
-    return (value * rows.weight).sum()
+    return value * rows.weight
 
 
 @dataclass(frozen=True, slots=True)

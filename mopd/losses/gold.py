@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mopd.losses.base import LossSums, ProjectionRows, RowBlock, zero
+from mopd.losses.base import LossSums, ProjectionRows, RowBlock, RowKl, zero
 from mopd.losses.chunk import add_token_gradient
 from mopd.losses.divergence import Divergence
 from mopd.losses.kl import support_slopes
@@ -68,7 +68,7 @@ class GoldLoss(MergingTerm):
             sums = self._listed(logits, out, rows, shard, factor=factor)
         if token_grad is not None and self.has_chunk_term:
             add_token_gradient(out, logits, rows, token_grad * scale, shard)
-        return LossSums(loss=sums.loss * self.value_scale, kl=sums.kl)
+        return LossSums(loss=sums.loss * self.value_scale, kl=sums.kl, rows=sums.rows)
 
     def _common(self, shard: VocabShard) -> CommonTokens:
         """The tables of ``shard``, built when they are first asked for."""
@@ -88,7 +88,9 @@ class GoldLoss(MergingTerm):
         gradient.write(factor)
         assert slopes.kl is not None
         loss = (slopes.value * rows.weight).sum()
-        return LossSums(loss=loss, kl=(slopes.kl * rows.weight).sum())
+        each = slopes.kl * rows.weight
+        of_rows = RowKl(row=rows.boundary, total=each, weight=rows.weight)
+        return LossSums(loss=loss, kl=each.sum(), rows=of_rows)
 
     def _boundary(self, probs: Tensor, rows: RowBlock, shard: VocabShard) -> Slopes:
         """Both terms together, for probabilities [r, V_local]; ``kl`` is the matched one."""

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mopd.losses.base import Chunks, Coupled, Loss, LossOutput, LossSums, ProjectionRows
 from mopd.losses.cross_entropy import CROSS_ENTROPY, cross_entropy
+from mopd.losses.domains import DomainKl
+from mopd.losses.observe import Observer
 from mopd.losses.rows import blocks
 from mopd.losses.sizes import block_rows
 from mopd.losses.source import LinearSource, LogitsSource, Source
@@ -29,6 +31,7 @@ class TeacherTerm:
     loss: Loss
     weight: float
     projection: ProjectionRows | None
+    observer: Observer | None = None  # None: the loss's own sums are all that is told
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -96,6 +99,7 @@ class DistillationHead:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         value = torch.zeros((), dtype=source.dtype, device=source.device)
         metrics: dict[str, Tensor] = {}
+        by_domain = DomainKl(micro, value)
         for name, term in self.terms.items():
             payload = micro.rows.get(name)
             denominator = batch.denominators.get(name, 0.0)
@@ -103,10 +107,14 @@ class DistillationHead:
             if payload is not None and denominator > 0:
                 weight = batch.weights.get(name, term.weight) * batch.distillation_weight
                 scale = weight * batch.num_tokens / denominator
-                sums = self._teacher(source, payload, term, scale)
+                sums = self._teacher(source, payload, term, scale, by_domain)
                 value = value + scale * sums.loss
             metrics[f"loss/{name}"], metrics[f"kl/{name}"] = sums.loss, sums.kl
             metrics |= {f"{kind}/{name}": extra for kind, extra in sums.extra.items()}
+            if payload is not None and term.observer is not None:
+                shard = self.shard.without_padding()
+                metrics |= term.observer.sums(source, payload, micro, shard)
+        metrics |= by_domain.sums()
         if batch.crossentropy_weight > 0 and batch.num_response_tokens > 0:
             scale = batch.crossentropy_weight * batch.num_tokens / batch.num_response_tokens
             rows = self.block_size or self._block_rows(source.device)
@@ -117,7 +125,12 @@ class DistillationHead:
 
     @torch.no_grad()
     def _teacher(
-        self, source: Source, payload: TeacherRows, term: TeacherTerm, scale: float
+        self,
+        source: Source,
+        payload: TeacherRows,
+        term: TeacherTerm,
+        scale: float,
+        by_domain: DomainKl,
     ) -> LossSums:
         """Adds ``scale`` times the gradient of one teacher's loss; returns its unscaled sums."""
         coupled = term.loss.coupled
@@ -139,11 +152,13 @@ class DistillationHead:
             joined = _couple(term.loss, token_logprob, payload)
             loss, kl, extra = loss + joined.loss, kl + joined.kl, joined.extra
             token_grad = joined.token_grad
+            by_domain.add_chunks(payload, joined)
         for block in source.visit(cut):
             slope = None if token_grad is None else token_grad[block.tokens]
             out = source.buffer(block)
             sums = term.loss.grad(source.read(block), out, block.rows, slope, shard, scale=scale)
             source.add(block, out)
+            by_domain.add_rows(block, sums)
             loss, kl = loss + sums.loss, kl + sums.kl
         return LossSums(loss=loss, kl=kl, extra=extra)
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopd.losses.base import Chunks, Coupled, LossSums, RowBlock
+from mopd.losses.base import Chunks, Coupled, LossSums, RowBlock, RowKl
 from mopd.losses.dense import add_dense
 from mopd.losses.divergence import Divergence
 from mopd.losses.softmax import RowGradient, Slopes, rows_of, tempered
@@ -55,14 +55,16 @@ class KlLoss:
     ) -> LossSums:
         factor = scale * self.value_scale / self.temperature
         if self.support != "teacher":
-            value = self._chosen(logits, out, rows, shard, factor=factor)
+            each = self._chosen(logits, out, rows, shard, factor=factor)
         elif rows.topk_ids is None:
-            value = add_dense(logits, out, rows, self, shard, factor=factor)
+            each = add_dense(logits, out, rows, self, shard, factor=factor)
         elif self.divergence.top_k_mode == "renorm":
-            value = _renormalised(logits, out, rows, self, shard, factor=factor)
+            each = _renormalised(logits, out, rows, self, shard, factor=factor)
         else:
-            value = self._listed(logits, out, rows, shard, factor=factor)
-        return LossSums(loss=value * self.value_scale, kl=value)
+            each = self._listed(logits, out, rows, shard, factor=factor)
+        value = each.sum()
+        of_rows = RowKl(row=rows.boundary, total=each, weight=rows.weight)
+        return LossSums(loss=value * self.value_scale, kl=value, rows=of_rows)
 
     def _listed(
         self, logits: Tensor, out: Tensor, rows: RowBlock, shard: VocabShard, *, factor: float
@@ -79,7 +81,7 @@ class KlLoss:
         gradient = RowGradient(probs)
         gradient.add(slopes, rows.boundary, rows.weight)
         gradient.write(factor)
-        return (slopes.value * rows.weight).sum()
+        return slopes.value * rows.weight
 
     def _chosen(
         self, logits: Tensor, out: Tensor, rows: RowBlock, shard: VocabShard, *, factor: float
@@ -107,7 +109,7 @@ class KlLoss:
         gradient = RowGradient(probs)
         gradient.add(slopes, rows.boundary, rows.weight)
         gradient.write(factor)
-        return (slopes.value * rows.weight).sum()
+        return slopes.value * rows.weight
 
 
 def support_slopes(
@@ -171,4 +173,4 @@ def _renormalised(
     )
     amount = torch.where(mine, rows.weight[:, None] * factor * student * slope, 0.0)
     out.zero_().index_put_((at.expand_as(column), column), amount, accumulate=True)
-    return (value * rows.weight).sum()
+    return value * rows.weight

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mopd.losses.base import LossSums, RowBlock
+from mopd.losses.base import LossSums, RowBlock, RowKl
 from mopd.losses.divergence import Divergence
 from mopd.losses.matched import LOG_TINY, CommonTokens, Matched, Pairs, matched_divergence
 from mopd.losses.softmax import rows_of
@@ -91,7 +91,12 @@ def add_dense(
     _add_ranked(gradient, ranked, common, scale * w_unmatched)
     if probs is not every:
         out.zero_().index_copy_(0, rows.boundary, gradient)
-    return LossSums(loss=(value * rows.weight).sum(), kl=(kl * rows.weight).sum())
+    each = kl * rows.weight
+    return LossSums(
+        loss=(value * rows.weight).sum(),
+        kl=each.sum(),
+        rows=RowKl(row=rows.boundary, total=each, weight=rows.weight),
+    )
 
 
 def _add_matched(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mopd.losses.base import RowBlock, zero
+from mopd.losses.base import RowBlock
 from mopd.losses.divergence import Divergence
 from mopd.losses.kl import support_slopes
 from mopd.losses.softmax import RowGradient, rows_of
@@ -24,12 +24,12 @@ def add_native(
     *,
     divergence: Divergence,
 ) -> Tensor:
-    """Adds the gradient of the block's native rows; the weighted sum of their divergences.
+    """Adds the gradient of the block's native rows; their weighted divergences [o].
 
     ``probs`` [n, V_local] are those of ``gradient``, and as they were afterwards.
     """
     if len(rows.native) == 0:
-        return zero(probs)
+        return probs.new_zeros(0)
     slopes = support_slopes(
         rows_of(probs, rows.native),
         rows.native_ids,
@@ -39,4 +39,4 @@ def add_native(
         shard=shard,
     )
     gradient.add(slopes, rows.native, rows.native_weight)
-    return (slopes.value * rows.native_weight).sum()
+    return slopes.value * rows.native_weight

@@ -99,10 +99,12 @@ class OpdLoss:
         slope = -chunks.weight[of_token] * weight * advantage[of_token]
         share = 1.0 / chunks.size[:, 0].clamp_min(1).to(ratio.dtype)[of_token]
         size = log_ratio.abs()
+        weighted = torch.where(chunks.owned, chunks.weight * gap, 0.0)
         return Coupled(
             loss=(slope * log_pi).sum(),
             token_grad=slope,
-            kl=-torch.where(chunks.owned, chunks.weight * gap, 0.0).sum(),
+            kl=-weighted.sum(),
+            chunk_kl=-weighted,
             extra={
                 CHUNKS: chunks.owned.sum().to(ratio.dtype),
                 "distance": -torch.where(chunks.owned, gap, 0.0).sum(),

@@ -42,6 +42,7 @@ class DomainResult:
 class Summary:
     """``chunks``: per teacher, counts of chunks and of student tokens by chunk type.
 
+    ``first_kl``: per teacher, nats between student and teacher in the first step;
     ``seconds``: wall time over all starts; ``learned`` None where nothing could be checked.
     ``evaluations``: each with its ``step`` and its metrics; ``best_step`` by `evaluate.metric`;
     ``stopped_early``: the step at which `evaluate.patience` ended the run.
@@ -52,6 +53,7 @@ class Summary:
     domains: Mapping[str, DomainResult]
     chunks: Mapping[str, Mapping[str, float]]
     answers: Mapping[str, Any] = field(default_factory=dict)  # issued, trained, dropped, in flight
+    first_kl: Mapping[str, float] = field(default_factory=dict)
     learned: bool | None = None
     world: str | None = None
     evaluations: Sequence[Mapping[str, float]] = ()
@@ -88,6 +90,7 @@ def write_summary(path: Path, summary: Summary) -> None:
             "world": summary.world,
             "learned": summary.learned,
             "answers": summary.answers,
+            "first_kl": summary.first_kl,
             "domains": domains,
             "evaluations": summary.evaluations,
             "best_step": summary.best_step,

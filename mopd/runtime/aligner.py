@@ -134,6 +134,9 @@ class Aligner:
                 rows, said, mode=self._objective.selection, sharpness=self._objective.sharpness
             )
         _describe(rollout, rows, trained, tally)
+        for name in self._payload:
+            judged = len(np.unique(rows[name].token_position)) if name in rows else 0
+            tally.add(f"token_share/{name}", judged, len(rollout.token_ids))
         return Sample(rollout=rollout, rows=rows, trained=trained)
 
     def _trained(self, rollout: Rollout) -> np.ndarray:
@@ -156,6 +159,7 @@ class Aligner:
         for kind, (chunks, tokens) in chunk_counts(found.alignment, kept=found.kept).items():
             counts[f"chunks {kind}"] += chunks
             counts[f"tokens {kind}"] += tokens
+            tally.add(f"alignment_{kind}/{name}", tokens, len(rollout.token_ids))
         counts["tokens unaligned"] += len(rollout.token_ids) - covered
 
     def alignment(self, rollout: Rollout, scores: TeacherScores) -> TextAlignment:

@@ -69,6 +69,7 @@ class Feed:
         self._dropped: Counter[str] = Counter()
         self._num_rollouts = 0
         self.times: Mapping[str, Metric] = {}  # of the step that was taken last
+        self.samples: Mapping[str, list[float]] = {}  # of that step, for its quantiles
 
     @property
     def chunks(self) -> dict[str, Counter[str]]:
@@ -80,6 +81,14 @@ class Feed:
         with self._spans("gather"):
             gathered = self.ahead.take(step)
         self.times = gathered.times
+        self.samples = {
+            "response_length_p95": [float(len(r.token_ids)) for r in gathered.rollouts],
+            **{
+                f"latency_p{percent}/{name}": list(seconds)
+                for name, seconds in gathered.latencies.items()
+                for percent in (50, 95)
+            },
+        }
         return gathered
 
     def collate(self, gathered: Gathered) -> StepBatch:

@@ -52,6 +52,7 @@ class Gathered:
     rescored: Difference | None = None  # against the digest of an earlier score
     times: Mapping[str, Metric] = field(default_factory=dict)
     troubles: Mapping[str, int] = field(default_factory=dict)  # kind/who/why -> number
+    latencies: Mapping[str, Sequence[float]] = field(default_factory=dict)  # s, by teacher
 
 
 class Gatherer:
@@ -105,12 +106,14 @@ class Gatherer:
         replies = self._replies.read(step, asked)
         difference = None
         troubles: dict[str, int] = {}
+        latencies: dict[str, list[float]] = {}
         if replies is None:
             with self._spans("teachers"):
                 found = self._pool.score(asked)
             # nothing to compare where all teachers are asked elsewhere (`mopd.runtime.inside`)
             difference = self._replies.compare(step, asked, found) if any(found) else None
             troubles = drain_troubles(self._pool, self._sampler)
+            latencies = self._pool.latencies()
             missing = {name: n for name, n in troubles.items() if name.startswith("missing/")}
             replies = Replies(scores=found, missing=missing)
             with self._spans("journal"):
@@ -126,6 +129,7 @@ class Gatherer:
             rescored=difference,
             times=self._spans.drain(),
             troubles=troubles | replies.missing,
+            latencies=latencies,
         )
 
     def _share(self, prompts: list[Prompt]) -> list[Prompt]:

@@ -35,7 +35,7 @@ from mopd.runtime.ledger import added
 from mopd.runtime.objective import loss_balance, static_weights
 from mopd.runtime.probe import compare, names_of, probe_ids
 from mopd.runtime.replica import any_rank, from_lead, gather_leads, sum_over_leads
-from mopd.runtime.report import log_step, mean_of
+from mopd.runtime.report import first_kl, log_step, loss_values, mean_of
 from mopd.serving.journal import drop_stale_journals
 from mopd.student import checkpoint
 from mopd.student.adapter_io import save_peft
@@ -56,6 +56,7 @@ class State:
     teachers: dict[str, float | None] = field(default_factory=dict)
     chunks: dict[str, dict[str, float]] = field(default_factory=dict)
     balance: dict[str, float | None] = field(default_factory=dict)
+    first_kl: dict[str, float] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
     skipped_in_a_row: int = 0
     empty_in_a_row: int = 0
@@ -102,6 +103,8 @@ def train(run: Run, sink: Sink) -> Summary:
         if run.feed is not None:
             run.feed.settle(step, skipped=result.skipped)
         _rebalance(run, state, batch, result)
+        if step == 0:
+            state.first_kl = first_kl(run, loss_values(result.metrics, batch))
         with run.spans("sync"):
             _await_samples(run, step + 1)
             distance = _push(run, step + 1, text)
@@ -330,6 +333,7 @@ def _finish(
         domains=results(state.before, after, state.teachers),
         chunks=_chunks(run),
         answers=_ledger(run),
+        first_kl=state.first_kl,
         learned=has_learned(state.before, after) if after else None,
         evaluations=[{"step": one.step, **one.line} for one in found],
         best_step=None if top is None else top.step,

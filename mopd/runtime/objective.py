@@ -14,6 +14,7 @@ from mopd.losses.divergence import Divergence
 from mopd.losses.gold import GoldLoss, adaptive_weights
 from mopd.losses.head import TeacherTerm
 from mopd.losses.kl import KlLoss
+from mopd.losses.observe import Carry, Observer
 from mopd.losses.opd import BOUNDS, OpdLoss
 from mopd.projection import ProjectionShard
 from mopd.projection.common import relaxed_common
@@ -80,9 +81,29 @@ def teacher_terms(
         if pair.projection is not None:
             shard = _shard(config, pair, pair.projection, start=start, end=end, device=device)
         terms[name] = TeacherTerm(
-            loss=_LOSSES[pair.loss](config, shard), weight=weights[name], projection=shard
+            loss=_LOSSES[pair.loss](config, shard),
+            weight=weights[name],
+            projection=shard,
+            observer=Observer(
+                carry=_carry(config, pair.loss),
+                temperature=config.distillation.temperature,
+                projection=shard,
+            ),
         )
     return terms
+
+
+def _carry(config: RunConfig, loss: str) -> Carry:
+    """How the student is read in the teacher's tokens; a merged row has no row to compare with."""
+    merge = config.gold.merge if loss == "gold" else config.ctkd.merge
+    match loss:
+        case "kl":
+            return "own"
+        case "ctkd" if merge == "boundary":
+            return "columns"
+        case "gold" | "hkl" if merge == "boundary":
+            return "common"
+    return "none"
 
 
 def _shard(

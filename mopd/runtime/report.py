@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
 
 from mopd.losses.cross_entropy import CROSS_ENTROPY
+from mopd.losses.observe import COUNT, SUM
 from mopd.losses.opd import CHUNKS
 from mopd.metrics.metric import means, merge, values
 from mopd.metrics.phases import phases
@@ -18,6 +21,7 @@ MASKED_WARNING = 0.05
 SCORED_WARNING = 0.9
 DROPPED_WARNING = 0.5
 RESCORED_WARNING = 0.1  # nats an answer
+FIRST_KL = "first_kl"
 FAR_TEACHER = 0.15  # nats of reverse KL at the start (MOPD: 0.04 trained well, 0.19 badly)
 
 
@@ -37,19 +41,17 @@ def log_step(
         "lr": result.lr,
         "skipped": float(result.skipped),
     }
-    for name in result.metrics:  # loss/<teacher>, kl/<teacher>, loss/cross_entropy, ...
-        if name.startswith("moe/"):
-            line[name] = result.metrics[name]
-        elif not name.startswith(f"{CHUNKS}/"):
-            line[name], _ = mean_of(name, result.metrics, batch)
+    line |= loss_values(result.metrics, batch)
     if run.feed is None:
         return
     if batch.step == 0:
+        line |= {f"{FIRST_KL}/{name}": value for name, value in first_kl(run, line).items()}
         _warn_of_distance(run, sink, line)
     # every lead knows its own rollouts; the line shows all of them
-    merged = merge(gather_leads(run.topology, means(batch.metrics)))
+    told = gather_leads(run.topology, (means(batch.metrics), run.feed.samples))
+    merged = merge(part for part, _ in told)
     tokens = merged["masked"].count
-    line |= values(merged)
+    line |= values(merged) | quantiles(part for _, part in told)
     for warning in warnings_of(line, run.pairs):
         sink.note(f"warning: step {batch.step}: {warning}")
     line["tokens_per_second"] = tokens / seconds
@@ -88,13 +90,50 @@ def warnings_of(line: Mapping[str, float], teachers: Iterable[str]) -> Iterator[
 def _warn_of_distance(run: Run, sink: Sink, line: Mapping[str, float]) -> None:
     """A policy gradient needs a teacher that finds the student's answers likely."""
     for name, pair in run.pairs.items():
-        if pair.loss == "opd" and line.get(f"distance/{name}", 0.0) > FAR_TEACHER:
-            distance = line[f"distance/{name}"]
+        distance = line.get(f"{FIRST_KL}/{name}", 0.0)
+        if pair.loss == "opd" and distance > FAR_TEACHER:
             sink.note(
                 f"warning: {name} is far from the student ({distance:.2f} nats a chunk, "
                 f"above {FAR_TEACHER}); expect a slow or unstable policy gradient, or begin with "
                 "distillation.loss=kl or ctkd"
             )
+
+
+def loss_values(metrics: Mapping[str, float], batch: StepBatch) -> dict[str, float]:
+    """What the losses tell of a step, from the sums over all replicas (`StepResult.metrics`):
+    loss/<teacher>, kl/<teacher>, kl_domain/<domain>, topk_overlap/<teacher>, ..."""
+    found = {}
+    for name, value in metrics.items():
+        if name.startswith("moe/"):
+            found[name] = value
+        elif name.startswith(SUM):
+            key = name.removeprefix(SUM)
+            if count := metrics[COUNT + key]:
+                found[key] = value / count
+        elif not name.startswith((f"{CHUNKS}/", COUNT)):
+            found[name], _ = mean_of(name, metrics, batch)
+    return found
+
+
+def first_kl(run: Run, line: Mapping[str, float]) -> dict[str, float]:
+    """Of every teacher, in nats: the divergence of the first step, of a policy gradient the mean
+    over chunks without weights."""
+    found = {name: line.get(f"distance/{name}", line.get(f"kl/{name}")) for name in run.pairs}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def quantiles(parts: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """name -> values, of all replicas; a name is <what>_p<percent> or <what>_p<percent>/<who>."""
+    joined: dict[str, list[float]] = {}
+    for part in parts:
+        for name, each in part.items():
+            joined.setdefault(name, []).extend(each)
+    found = {}
+    for name, each in joined.items():
+        percent = int(name.split("/")[0].rpartition("_p")[2])
+        if each:
+            found[name] = float(np.percentile(each, percent))
+    return found
 
 
 def mean_of(name: str, metrics: Mapping[str, float], batch: StepBatch) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ T = TypeVar("T")
 BUSY = "busy"
 FATAL = ("key", "redirect", "address", "model")  # refusals that no other request would change
 MAX_PAUSE_S = 2.0
+MAX_LATENCIES = 10_000  # of requests, between two that read them
 LONGER = 1.25  # than a server asked to be left alone, at most: not all come back together
 SLACK_S = 30.0  # of waits that end by themselves earlier
 START_REQUESTS = 64  # of the checks of one server, at most
@@ -61,7 +62,8 @@ class Replicas:
     A replica that failed or refused gets no request until it has passed ``endpoint.probe``, so one
     that hangs costs a single deadline and not one every step. A refused prompt is asked again: at
     fault is a prompt that was refused twice, by at least one replica that is well. ``events``
-    counts what went wrong, by reason, whether a retry mended it or not.
+    counts what went wrong, by reason, whether a retry mended it or not; ``latencies`` are
+    the seconds of requests that were answered, waits and retries included.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Replicas:
     ) -> None:
         self.name = name
         self.events: Counter[str] = Counter()
+        self.latencies: deque[float] = deque(maxlen=MAX_LATENCIES)
         self._options = options
         self._states = [_State(endpoint) for endpoint in endpoints]
         self._random = random.Random(f"{seed} {name}")
@@ -207,6 +210,7 @@ class Replicas:
                     self._check_over(error, tries, began)
                 else:
                     self._answered = time.monotonic()
+                    self.latencies.append(self._answered - began)
                     return found
                 finally:
                     state.outstanding -= 1

@@ -279,10 +279,14 @@ def _keep(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
 
 
 def _sum_metrics(outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    sums: dict[str, float] = {}
-    for metrics in outputs:
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+    """Sums over micro-batches; a device is read in one go, not number by number."""
+    every = [(name, value) for metrics in outputs for name, value in metrics.items()]
+    sums = {name: 0.0 for name, _ in every}
+    for kind in {(value.device, value.dtype) for _, value in every}:
+        here = [(name, value) for name, value in every if (value.device, value.dtype) == kind]
+        values = torch.stack([value.reshape(()) for _, value in here]).tolist()
+        for (name, _), value in zip(here, values, strict=True):
+            sums[name] += value
     return sums
 
 

@@ -44,6 +44,13 @@ class Counting(Protocol):
 
 
 @runtime_checkable
+class Timed(Protocol):
+    """A teacher that times its requests."""
+
+    def drain_latencies(self) -> list[float]: ...
+
+
+@runtime_checkable
 class Bounded(Protocol):
     """A teacher that reads so many tokens of a prompt and its answer; None: it does not tell."""
 

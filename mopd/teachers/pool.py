@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mopd.errors import TeacherError
-from mopd.teachers.base import Collective, Concurrent, Counting, Teacher, cut_rows
+from mopd.teachers.base import Collective, Concurrent, Counting, Teacher, Timed, cut_rows
 from mopd.types import Rollout, TeacherScores
 
 GRACE_S = 0.5  # for teachers that fail together, so that the first of them in order is named
@@ -25,6 +25,7 @@ class _Call:
     index: list[int]  # of its rollouts among all
     scores: Sequence[TeacherScores] | None = None
     error: Exception | None = None
+    seconds: float = 0.0
     thread: threading.Thread | None = None
 
     @property
@@ -48,7 +49,9 @@ class _Call:
         self.thread.start()
 
     def run(self, rollouts: Sequence[Rollout]) -> None:
+        began = time.monotonic()
         scores = self.teacher.score([rollouts[i] for i in self.index])
+        self.seconds = time.monotonic() - began
         if len(scores) != len(self.index):
             raise TeacherError(
                 f"teachers.{self.name}: {len(scores)} scores for {len(self.index)} answers"
@@ -68,6 +71,7 @@ class TeacherPool:
         self.teachers = teachers
         self._top_k = top_k  # of the recipe; cuts whole rows of teachers that send them unasked
         self._closed = False
+        self._latencies: dict[str, list[float]] = {}
 
     def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, TeacherScores]]:
         """Per rollout: teacher name -> scores, in the pool's order, with as many entries a row as
@@ -92,6 +96,8 @@ class TeacherPool:
         results: list[dict[str, TeacherScores]] = [{} for _ in rollouts]
         for call in calls:
             assert call.scores is not None
+            requests = call.teacher.drain_latencies() if isinstance(call.teacher, Timed) else []
+            self._latencies.setdefault(call.name, []).extend(requests or [call.seconds])
             for i, score in zip(call.index, call.scores, strict=True):
                 whole = self._top_k if score.topk_ids is None else None
                 results[i][call.name] = cut_rows(score, rollouts[i].prompt.top_k or whole)
@@ -107,6 +113,12 @@ class TeacherPool:
             for kind, counts in teacher.drain().items()
             for reason, count in counts.items()
         }
+
+    def latencies(self) -> dict[str, list[float]]:
+        """Seconds since the last call, by teacher: of each request that was answered, or of each
+        call where there are no requests."""
+        found, self._latencies = self._latencies, {}
+        return found
 
     def close(self) -> None:
         """Closes every teacher; safe to call twice."""

@@ -200,6 +200,12 @@ class RemoteTeacher:
         self.events.clear()
         return found
 
+    def drain_latencies(self) -> list[float]:
+        """Seconds of every request that was answered since the last call, tries included."""
+        found = list(self._replicas.latencies)
+        self._replicas.latencies.clear()
+        return found
+
     def identity(self) -> dict[str, Any]:
         """What it is called, and its scores of the fixed text (NaN as null)."""
         scores = self._reference.logprobs.astype(float).tolist()

@@ -12,7 +12,7 @@ from typing import Any
 from mopd.demo import World
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMED = ("time/", "phase/")
+TIMED = ("time/", "phase/", "latency_")
 UNTIMED = ("tokens_per_second", "journal_mb")  # and the disk, which a restart finds fuller
 
 
