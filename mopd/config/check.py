@@ -161,6 +161,12 @@ def _schedule(config: RunConfig) -> Iterator[str]:
             f"student.optimizer: lr_warmup_fraction + lr_decay_fraction = {total:g} is more than "
             "the whole run; lower one of them"
         )
+    dumped, steps = config.debug.dump_step, config.train.steps
+    if dumped is not None and dumped >= steps:
+        yield (
+            f"debug.dump_step={dumped}: train.steps={steps} ends before it (the last step is "
+            f"{steps - 1}); lower it, or train longer"
+        )
 
 
 def _paths(config: RunConfig) -> Iterator[str]:

@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ _DTYPES = {"I64": np.int64, "I32": np.int32, "F32": np.float32, "U8": np.uint8, 
 
 def save_projection(path: Path, projection: Projection, *, options: ProjectionOptions) -> None:
     """Writes one safetensors file with its own digest; readers see the old file or the new one."""
-    arrays = {name: getattr(projection, name) for name in _MATRIX}
-    arrays |= {f"trie.{name}": getattr(projection.trie, name) for name in _TRIE}
+    arrays = projection_arrays(projection)
     metadata = {
         "format": FORMAT,
         "student": projection.student_fingerprint,
@@ -75,11 +75,28 @@ def load_projection(
             f"{path}: built with {metadata['options']}, the recipe says {options.text()}; "
             f"delete it or change {_differing(metadata['options'], options)}"
         )
+    return projection_of(
+        arrays,
+        student_fingerprint=student.fingerprint,
+        teacher_fingerprint=teacher.fingerprint,
+    )
+
+
+def projection_arrays(projection: Projection) -> dict[str, np.ndarray]:
+    """Every array of a projection, by the name that files give it."""
+    arrays = {name: getattr(projection, name) for name in _MATRIX}
+    return arrays | {f"trie.{name}": getattr(projection.trie, name) for name in _TRIE}
+
+
+def projection_of(
+    arrays: Mapping[str, np.ndarray], *, student_fingerprint: str, teacher_fingerprint: str
+) -> Projection:
+    """The projection whose `projection_arrays` they are."""
     return Projection(
         **{name: arrays[name] for name in _MATRIX},
         trie=FibreTrie(**{name: arrays[f"trie.{name}"] for name in _TRIE}),
-        student_fingerprint=student.fingerprint,
-        teacher_fingerprint=teacher.fingerprint,
+        student_fingerprint=student_fingerprint,
+        teacher_fingerprint=teacher_fingerprint,
     )
 
 

@@ -19,6 +19,7 @@ from mopd.metrics.sinks import Sink
 from mopd.metrics.summary import Summary
 from mopd.rollout import sync
 from mopd.runtime.build import Run
+from mopd.runtime.dump_write import StepDump
 from mopd.runtime.evaluate import Scores, has_learned, results
 from mopd.runtime.evaluation import (
     Evaluation,
@@ -99,7 +100,11 @@ def train(run: Run, sink: Sink) -> Summary:
                 batch = from_lead(run.topology, share)
             batch = _balanced(run, state, batch)
             with run.spans("train"):
-                result = run.student.train_step(batch)
+                dump = StepDump(run, step) if step == config.debug.dump_step else None
+                capture = dump.capture if dump is not None else None
+                result = run.student.train_step(batch, capture=capture)
+        if dump is not None:
+            sink.note(f"wrote {dump.write(batch, result)}")
         if run.feed is not None:
             run.feed.settle(step, skipped=result.skipped)
         _rebalance(run, state, batch, result)

@@ -41,6 +41,7 @@ _FREE = (
     ("run", "threads"),
     ("run", "stall_s"),
     ("logging",),
+    ("debug",),
     ("checkpoint",),
     ("student", "parallel"),
     ("student", "optimizer", "use_distributed_optimizer"),

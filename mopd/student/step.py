@@ -26,6 +26,8 @@ from mopd.student.schedule import run_schedule
 from mopd.types import MicroBatch, StepBatch
 
 LossFunction = Callable[[torch.Tensor, MicroBatch, StepBatch], LossOutput]
+# hidden states and the output weight, or logits and None; this rank's part of the micro-batch
+Capture = Callable[[torch.Tensor, torch.Tensor | None, MicroBatch], None]
 HOST = torch.device("cpu")
 
 
@@ -127,8 +129,10 @@ class Student:
         self._clip_grad = clip_grad
         self._share_by: ShareBy = share_by
 
-    def train_step(self, batch: StepBatch) -> StepResult:
+    def train_step(self, batch: StepBatch, *, capture: Capture | None = None) -> StepResult:
         """Forward, backward, clip, update. Collective over all ranks.
+
+        ``capture`` is shown what the loss reads, on ranks of the last stage.
 
         Micro-batches may differ in shape, and replicas in their number of micro-batches.
         """
@@ -138,7 +142,7 @@ class Student:
         fused = self._from_hidden is not None
         with hidden_output(self.model.head) if fused else nullcontext():
             outputs = run_schedule(
-                self.model, batch.micro_batches, partial(self._loss, batch=batch)
+                self.model, batch.micro_batches, partial(self._loss, batch=batch, capture=capture)
             )
         sums = self._share(_sum_metrics(outputs))
         num_tokens = sums.pop(_TOKENS)
@@ -202,7 +206,9 @@ class Student:
         scores = torch.log_softmax(scores.float(), dim=-1)
         return scores.gather(1, actual[:, None])[:, 0].cpu().numpy()
 
-    def _loss(self, micro_batch: MicroBatch, *, batch: StepBatch) -> Callable[..., Any]:
+    def _loss(
+        self, micro_batch: MicroBatch, *, batch: StepBatch, capture: Capture | None = None
+    ) -> Callable[..., Any]:
         topology = self.model.topology
         cp_rank = topology.cp_rank
 
@@ -210,10 +216,12 @@ class Student:
             last: torch.Tensor,
         ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             mine = share_micro_batch(micro_batch, cp_rank, topology.cp_size, by=self._share_by)
-            if self._from_hidden is None:
+            weight = None if self._from_hidden is None else output_weight(self.model.head)
+            if capture is not None:
+                capture(last, weight, mine)
+            if self._from_hidden is None or weight is None:
                 output = self._loss_function(last, mine, batch)
             else:
-                weight = output_weight(self.model.head)
                 output = self._from_hidden(last, weight, mine, batch)
             # once for all context ranks: the schedule adds them up
             num_tokens = int(micro_batch.lengths.sum()) if cp_rank == 0 else 0
