@@ -63,6 +63,9 @@ class Sampler:
 
 
 class Pool:
+    def latencies(self) -> dict[str, list[float]]:
+        return {}
+
     def troubles(self) -> dict[str, int]:
         return {"missing/wordpiece/mass": 2}
 

@@ -97,6 +97,9 @@ class Pool:
             raise Killed
         return [{} for _ in rollouts]
 
+    def latencies(self) -> dict[str, list[float]]:
+        return {}
+
     def troubles(self) -> dict[str, int]:
         return {}
 
