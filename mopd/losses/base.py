@@ -100,7 +100,7 @@ class LossSums:
 
     loss: Tensor
     kl: Tensor
-    rows: RowKl | None = None  # None: ``kl`` comes from the coupled term
+    rows: RowKl | None = None  # None: no divergence here, or that of a coupled term
     extra: Mapping[str, Tensor] = field(default_factory=dict)  # a coupled term's, by name
 
 

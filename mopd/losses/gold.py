@@ -89,7 +89,9 @@ class GoldLoss(MergingTerm):
         assert slopes.kl is not None
         loss = (slopes.value * rows.weight).sum()
         each = slopes.kl * rows.weight
-        of_rows = RowKl(row=rows.boundary, total=each, weight=rows.weight)
+        of_rows = None
+        if self._common(shard).exist:
+            of_rows = RowKl(row=rows.boundary, total=each, weight=rows.weight)
         return LossSums(loss=loss, kl=each.sum(), rows=of_rows)
 
     def _boundary(self, probs: Tensor, rows: RowBlock, shard: VocabShard) -> Slopes:

@@ -95,7 +95,7 @@ def add_dense(
     return LossSums(
         loss=(value * rows.weight).sum(),
         kl=each.sum(),
-        rows=RowKl(row=rows.boundary, total=each, weight=rows.weight),
+        rows=RowKl(row=rows.boundary, total=each, weight=rows.weight) if common.exist else None,
     )
 
 

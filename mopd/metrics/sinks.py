@@ -1,21 +1,4 @@
-"""Where step lines go. A step line is a flat mapping; its keys are
-
-step, loss, grad_norm, lr, loss/<teacher>, kl/<teacher>, accuracy, accuracy/<domain>,
-tokens_per_second, truncated, masked, canonical, alignment/<teacher>, time/<span>, phase/<name>.
-
-``time/<span>`` are seconds of the rank that logs, and some lie within others:
-
-- ``time/step``: the step, without the evaluation and the checkpoint that may follow it;
-- ``time/gather``: until the step's answers were scored. Without staleness it contains
-  ``time/rollout``, ``time/teachers`` and ``time/journal``; with it these run beside the loop;
-- ``time/inside``: teachers on the student's ranks; ``time/align``, and in it ``time/align/wait``
-  for other replicas; ``time/broadcast``: the batch to the replica's ranks;
-- ``time/turn``: to get and to give the devices where engines share them; ``time/train``;
-- ``time/sync``, and in it ``time/sync/wait`` for answers that still need the old weights;
-- ``time/evaluate`` and ``time/save``: since the last line, outside of ``time/step``.
-
-``phase/<name>`` is the partition of ``time/step`` (`mopd.metrics.phases`): they add up to it.
-"""
+"""Where step lines go. A step line is a flat mapping; docs/metrics.md names its keys."""
 
 from __future__ import annotations
 

@@ -116,9 +116,13 @@ def loss_values(metrics: Mapping[str, float], batch: StepBatch) -> dict[str, flo
 
 
 def first_kl(run: Run, line: Mapping[str, float]) -> dict[str, float]:
-    """Of every teacher, in nats: the divergence of the first step, of a policy gradient the mean
-    over chunks without weights."""
-    found = {name: line.get(f"distance/{name}", line.get(f"kl/{name}")) for name in run.pairs}
+    """Of every teacher whose loss has one, in nats: the divergence of the first step, of a policy
+    gradient the mean over chunks without weights."""
+    found = {
+        name: line.get(f"distance/{name}", line.get(f"kl/{name}"))
+        for name, pair in run.pairs.items()
+        if pair.loss != "uld"
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -96,8 +96,10 @@ class TeacherPool:
         results: list[dict[str, TeacherScores]] = [{} for _ in rollouts]
         for call in calls:
             assert call.scores is not None
-            requests = call.teacher.drain_latencies() if isinstance(call.teacher, Timed) else []
-            self._latencies.setdefault(call.name, []).extend(requests or [call.seconds])
+            teacher, took = call.teacher, [call.seconds]
+            if isinstance(teacher, Timed):
+                took = teacher.drain_latencies()
+            self._latencies.setdefault(call.name, []).extend(took)
             for i, score in zip(call.index, call.scores, strict=True):
                 whole = self._top_k if score.topk_ids is None else None
                 results[i][call.name] = cut_rows(score, rollouts[i].prompt.top_k or whole)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mopd.runtime.report import warnings_of
+from mopd.losses.observe import COUNT, SUM
+from mopd.runtime.report import loss_values, quantiles, warnings_of
+from mopd.types import StepBatch
 
 QUIET = {"masked": 0.05, "scored/sort": 0.9, "rescored/nats": 0.1, "rescored/other_tokens": 0.0}
 
@@ -32,3 +34,45 @@ def test_each_cause_has_its_warning(changes: dict[str, float], text: str) -> Non
 
 def test_a_step_without_a_token_has_nothing_to_warn_of() -> None:
     assert list(warnings_of({}, ["sort"])) == []
+
+
+def test_every_mean_has_its_own_denominator() -> None:
+    batch = StepBatch(
+        step=0,
+        micro_batches=(),
+        denominators={"a": 4.0, "b": 0.0},
+        num_tokens=9,
+        metrics={},
+        num_response_tokens=5,
+    )
+    sums = {
+        "loss/a": 2.0,
+        "kl/b": 0.0,
+        "loss/cross_entropy": 10.0,
+        "chunks/a": 8.0,
+        "distance/a": 4.0,
+        "moe/max_load": 1.5,
+        f"{SUM}topk_mass/a": 6.0,
+        f"{COUNT}topk_mass/a": 12.0,
+        f"{SUM}top1/a": 0.0,
+        f"{COUNT}top1/a": 0.0,
+    }
+    assert loss_values(sums, batch) == {
+        "loss/a": 0.5,
+        "kl/b": 0.0,
+        "loss/cross_entropy": 2.0,
+        "distance/a": 0.5,
+        "moe/max_load": 1.5,
+        "topk_mass/a": 0.5,  # and no top1/a: nothing was measured
+    }
+
+
+def test_quantiles_are_those_of_all_replicas_together() -> None:
+    first, second = [1.0, 2.0, 3.0], [4.0, 100.0]
+    found = quantiles(
+        [
+            {"response_length_p95": first, "latency_p50/a": first, "latency_p50/b": []},
+            {"response_length_p95": second, "latency_p50/a": second},
+        ]
+    )
+    assert found == {"response_length_p95": pytest.approx(80.8), "latency_p50/a": 3.0}

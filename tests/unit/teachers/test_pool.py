@@ -188,3 +188,22 @@ def test_nobody_is_asked_for_nothing(chat: ChatTokenizer) -> None:
 
 def _must(happened: bool) -> None:
     assert happened
+
+
+class Timing(Here):
+    """Two requests a call, and it knows how long each took."""
+
+    def drain_latencies(self) -> list[float]:
+        return [0.25, 0.75]
+
+
+def test_latencies_are_of_requests_or_of_the_call(chat: ChatTokenizer) -> None:
+    pool = TeacherPool(
+        {"a": Timing("a", chat, nothing), "b": Here("b", chat, lambda: time.sleep(0.02))}
+    )
+    pool.score(rollouts(chat, "a", "b"))
+    pool.score(rollouts(chat, "a"))
+    found = pool.latencies()
+    assert found["a"] == [0.25, 0.75, 0.25, 0.75]
+    assert len(found["b"]) == 1 and 0.02 <= found["b"][0] < 60
+    assert pool.latencies() == {}
