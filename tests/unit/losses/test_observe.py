@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from mopd.losses import observe
 from mopd.losses.observe import Carry, text_of
 from mopd.losses.vocab import VocabShard
 from mopd.types import MicroBatch
 from tests.helpers.losses import step_of
-from tests.helpers.observed import case_of, expected, observed
+from tests.helpers.observed import TEMPERATURE, case_of, expected, observed
 from tests.helpers.random_losses import V_S, problem
 
 WHOLE = VocabShard(start=0, size=V_S, vocab_size=V_S)
@@ -42,7 +43,9 @@ def test_no_more_of_the_teachers_tokens_than_are_compared(monkeypatch: pytest.Mo
     monkeypatch.setattr(observe, "MAX_SUPPORT", 1)
     found = observed(case, "own", WHOLE, case.logits)
     assert found["topk_overlap"] == found["top1_projected"]
-    assert 0.0 < found["teacher_topk_mass"] < 0.9
+    theirs = torch.tensor(case.rows.topk_logprobs) / TEMPERATURE
+    best = torch.softmax(theirs, dim=-1).amax(dim=-1).mean()
+    assert found["teacher_topk_mass"] == pytest.approx(float(best))
 
 
 def test_a_payload_without_lists_is_not_compared() -> None:

@@ -177,9 +177,12 @@ def test_the_faster_path_is_taken_where_the_server_has_it(
         teacher.score(rollouts)
         stub.options.fault = lambda number, request: slowly
         began, stub.busiest = len(stub.requests), 0
+        teacher.drain_latencies()
         found = teacher.score(rollouts)
         assert all(scores.valid.all() for scores in found)
         asked = stub.requests[began:]
+        took = teacher.drain_latencies()
+        assert len(took) == len(asked) and min(took) >= 0.05 and not teacher.drain_latencies()
         if kind is VllmGenerate:
             # one for each answer, side by side
             assert len(asked) >= len(rollouts) and stub.busiest >= 2
