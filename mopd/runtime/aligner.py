@@ -163,7 +163,7 @@ class Aligner:
         counts["tokens unaligned"] += len(rollout.token_ids) - covered
 
     def alignment(self, rollout: Rollout, scores: TeacherScores) -> TextAlignment:
-        """The chunks of one answer that are behind its rows."""
+        """The chunks of an answer and one teacher's reading of it, as the step is trained on."""
         if self._options.by_position:
             by_index = align_positions(len(rollout.token_ids), len(scores.token_ids))
             every = np.ones(by_index.num_chunks, dtype=bool)

@@ -22,6 +22,7 @@ from mopd.runtime.ledger import Ledger
 from mopd.runtime.objective import loss_balance, step_objective
 from mopd.runtime.payloads import Pair, payload_options
 from mopd.runtime.replica import max_over_leads, sum_over_leads
+from mopd.runtime.samples import SampleLog, SampleOptions
 from mopd.runtime.teachers import context_warnings
 from mopd.serving.journal import Journal, journal_path
 from mopd.serving.replies import ReplyJournal
@@ -55,7 +56,7 @@ def build_feed(
         if topology.dp_rank == 0:
             print(printable(f"warning: {warning}"), flush=True)
     objective = step_objective(config, (prompt.domain for prompt in prompts))
-    books = _books(config, directory, replica=topology.dp_rank)
+    books = _books(config, directory, replica=topology.dp_rank, tokenizers=tokenizers)
     gatherer = Gatherer(
         source=PromptSource(
             prompts,
@@ -127,7 +128,13 @@ def _batching(config: RunConfig) -> Batching:
     )
 
 
-def _books(config: RunConfig, directory: Path, *, replica: int) -> Books:
+def _books(
+    config: RunConfig,
+    directory: Path,
+    *,
+    replica: int,
+    tokenizers: tuple[ChatTokenizer, Mapping[str, ChatTokenizer]],
+) -> Books:
     return Books(
         journal=Journal(journal_path(directory, replica)),
         replies=ReplyJournal(
@@ -137,6 +144,26 @@ def _books(config: RunConfig, directory: Path, *, replica: int) -> Books:
             max_bytes=config.journal.max_gb * 1e9,
         ),
         ledger=Ledger(),
+        samples=_samples(config, directory, tokenizers) if replica == 0 else None,
+    )
+
+
+def _samples(
+    config: RunConfig,
+    directory: Path,
+    tokenizers: tuple[ChatTokenizer, Mapping[str, ChatTokenizer]],
+) -> SampleLog | None:
+    if config.logging.sample_interval is None:
+        return None
+    return SampleLog(
+        directory / "samples.jsonl",
+        student=tokenizers[0],
+        teachers=tokenizers[1],
+        options=SampleOptions(
+            interval=config.logging.sample_interval,
+            per_domain=config.logging.samples_per_domain,
+            num_steps=config.train.steps,
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from mopd.runtime.aligner import Aligner, Tally
 from mopd.runtime.collate import Objective, collate
 from mopd.runtime.gather import Gathered
 from mopd.runtime.ledger import Ledger
+from mopd.runtime.samples import SampleLog
 from mopd.serving.journal import Journal
 from mopd.serving.replies import ReplyJournal
 from mopd.tokens.chat import ChatTokenizer
@@ -43,6 +44,7 @@ class Books:
     journal: Journal
     replies: ReplyJournal
     ledger: Ledger
+    samples: SampleLog | None = None  # of one replica
 
 
 class Feed:
@@ -108,11 +110,15 @@ class Feed:
         """Ends the sampling ahead and closes the journal."""
         self.ahead.close()
         self.books.journal.close()
+        if self.books.samples is not None:
+            self.books.samples.close()
 
     def _collate(self, gathered: Gathered) -> StepBatch:
         tally = Tally()
         samples = self._aligner.samples(gathered.rollouts, gathered.scores, tally)
         self._count(gathered, samples, tally)
+        if self.books.samples is not None:
+            self.books.samples.log(gathered, self._aligner.alignment)
         batch, totals = collate(
             gathered.step,
             samples,

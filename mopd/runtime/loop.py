@@ -196,6 +196,8 @@ def _resume(run: Run, sink: Sink) -> State:
         return state
     size = config.train.num_prompts_per_step * config.rollout.num_generations_per_prompt
     run.feed.books.journal.resume_from(state.step, size=size // run.topology.dp_size)
+    if run.feed.books.samples is not None:
+        run.feed.books.samples.truncate_from(state.step)
     if run.topology.dp_rank == 0:
         drop_stale_journals(run.directory, num_replicas=run.topology.dp_size)
         run.feed.chunks.update({name: Counter(c) for name, c in state.chunks.items()})

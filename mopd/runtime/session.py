@@ -19,6 +19,7 @@ from mopd.metrics.sinks import JsonlSink, MultiSink, Sink, TensorBoardSink
 from mopd.metrics.summary import Summary, print_summary, write_summary
 from mopd.metrics.wandb_sink import WandbSink
 from mopd.runtime.build import build_run
+from mopd.runtime.installed import write_versions
 from mopd.runtime.loop import refuse_if_not_learned, train
 from mopd.runtime.reached import ServerSource
 from mopd.runtime.servers import Servers, is_failed_start
@@ -86,6 +87,7 @@ def run_session(
     run = build_run(config, servers or Servers(config))
     if is_main:
         write_config(directory, config)
+        write_versions(directory)
     console = ConsoleSink(
         num_steps=config.train.steps,
         log_interval=config.logging.log_interval,
