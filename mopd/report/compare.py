@@ -68,11 +68,18 @@ class Comparison:
             },
         }
 
+    @property
+    def sections(self) -> list[str]:
+        """Those that have a plot, in order."""
+        own = {name for report in self.reports for name in report.sections}
+        return [name for name in SECTIONS if name in own and name != OTHER]
+
     def client(self) -> dict[str, Any]:
         """What the page's script draws; plain JSON."""
-        found = _figures(self)
-        sections = [name for name in SECTIONS if any(f["section"] == name for f in found)]
-        return {"figures": found, "sections": sections, "names": [], "time": None, "samples": []}
+        return {
+            **{"figures": _figures(self), "sections": self.sections},
+            **{"names": [], "time": None, "samples": []},
+        }
 
 
 def compare(reports: Sequence[Report]) -> Comparison:
@@ -161,6 +168,12 @@ def _names(reports: Sequence[Report]) -> list[str]:
     return [str(report.run.directory) for report in reports]
 
 
+def _changes(metric: str, reports: Sequence[Report]) -> bool:
+    """Whether a plot of it says more than a number would."""
+    values = [report.series[metric].values for report in reports if metric in report.series]
+    return len({float(edge) for v in values for edge in (v.min(), v.max())}) > 1
+
+
 def _figures(found: Comparison) -> list[dict[str, Any]]:
     """One plot a metric, a curve for each run: colour by group, dashes by run in a group."""
     place = {
@@ -173,7 +186,7 @@ def _figures(found: Comparison) -> list[dict[str, Any]]:
     for report in found.reports:
         for panel in report.panels:
             for label, metric in panel.curves:
-                if panel.section == OTHER:
+                if panel.section == OTHER or not _changes(metric, found.reports):
                     continue
                 title = panel.title if label == "all" else f"{panel.title}: {label}"
                 metrics[metric] = (panel.section, title)

@@ -86,9 +86,7 @@ def _audited(
 
 
 def _row(name: str, tokens: int, shares: tuple[float, float, float]) -> CoverageRow:
-    return CoverageRow(
-        name=name, tokens=tokens, exact=shares[0], multi=shares[1], null=shares[2]
-    )
+    return CoverageRow(name=name, tokens=tokens, exact=shares[0], multi=shares[1], null=shares[2])
 
 
 def _vocabulary(settings: Mapping[str, Any], known: dict[Any, Any]) -> Any:

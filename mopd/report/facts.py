@@ -17,6 +17,7 @@ CHUNK_KINDS = ("1-1", "1-n", "n-1", "n-m", "unaligned")
 # What the lead waits for, and what else it does in a step; the rest of the step has no name.
 GATHERED = ("rollout", "teachers", "journal")
 REST, WAIT = "rest", "wait"
+ORDER = ("rollout", "teachers", "inside", "journal", WAIT, "align", "train", "sync")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +93,43 @@ def headroom_of(run: RunData) -> list[Headroom]:
 
 
 def _headroom(name: str, found: Mapping[str, Any]) -> Headroom:
-    keys = ("before", "after", "teacher", "canonical_before", "canonical_after")
-    return Headroom(domain=name, **{key: found.get(key) for key in keys})
+    return Headroom(
+        domain=name,
+        before=found["before"],
+        after=found["after"],
+        teacher=found.get("teacher"),
+        canonical_before=found.get("canonical_before"),
+        canonical_after=found.get("canonical_after"),
+    )
+
+
+def with_evaluations(run: RunData, series: Mapping[str, Series]) -> dict[str, Series]:
+    """Evaluations over the number of steps that were done, the one before the first step too."""
+    first = next((e for e in run.summary.get("evaluations") or () if e["step"] == 0), None)
+    if first is None:
+        first = _first_evaluation(run)
+    found = {n: one for n, one in series.items() if not n.startswith("eval/")}
+    for name, one in series.items():
+        if not name.startswith("eval/"):
+            continue
+        steps, values = one.steps + 1, one.values
+        if first.get(name) is not None:
+            steps, values = np.append([0], steps), np.append([first[name]], values)
+        found[name] = Series(name=name, steps=steps, values=values)
+    return found
+
+
+def _first_evaluation(run: RunData) -> dict[str, float]:
+    """From the newest checkpoint; {} where it has none of step 0."""
+    for one in run.state.get("evaluations") or ():
+        if one.get("step") == 0:
+            found = dict(one.get("metrics") or {})
+            for domain, scores in section(one, "scores").items():
+                found |= {
+                    f"eval/{what}/{domain}": scores[what] for what in ("accuracy", "canonical")
+                }
+            return found
+    return {}
 
 
 def step_time(run: RunData, series: Mapping[str, Series]) -> StepTime | None:
@@ -116,6 +152,9 @@ def step_time(run: RunData, series: Mapping[str, Series]) -> StepTime | None:
     evaluate = every.get("evaluate", np.zeros(len(steps)))
     named = sum(every.values(), np.zeros(len(steps))) - evaluate  # it is not part of a step's time
     every[REST] = np.maximum(step - named, 0.0)
+    last = (REST, "evaluate")
+    shown = (*ORDER, *(n for n in every if n not in (*ORDER, *last)), *last)
+    every = {name: every[name] for name in shown if name in every}
     names = [*every, *beside]
     binned, begins = binned_means([*every.values(), *beside.values()], BARS)
     bars = dict(zip(names, map(rounded, binned), strict=True))

@@ -17,11 +17,14 @@ from mopd.report.facts import (
     step_time,
     teachers_of,
     troubles_of,
+    with_evaluations,
 )
 from mopd.report.panels import SECTIONS, Panel, panels_of
 from mopd.report.read import Record, RunData, section
 from mopd.report.series import FEW, Series, points_each, read_series, rounded, smoothed, thinned
 from mopd.report.warnings import warnings_of_run
+
+ENOUGH = 5  # points of a curve that can be called constant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +78,26 @@ class Report:
         one = self.series.get("tokens_per_second")
         return None if one is None else float(one.tail(0.5).mean())
 
+    @property
+    def sections(self) -> list[str]:
+        """Those that have a metric, in order."""
+        return [name for name in SECTIONS if any(p.section == name for p in self.panels)]
+
+    def constants(self, section: str) -> list[tuple[str, str, float]]:
+        """(plot, label, value) of the plots of a section in which nothing ever changed: they are
+        told in words."""
+        return [
+            (panel.title, label, self.series[name].last)
+            for panel in self.panels
+            if panel.section == section and is_constant(panel, self.series)
+            for label, name in panel.curves
+        ]
+
     def client(self) -> dict[str, Any]:
         """What the page's script draws; plain JSON."""
         return {
             "figures": figures(self.panels, self.series),
-            "sections": [
-                name for name in SECTIONS if any(p.section == name for p in self.panels)
-            ],
+            "sections": self.sections,
             "names": entities(self.run),
             "time": None if self.time is None else _time(self.time),
             "samples": self.samples,
@@ -90,7 +106,7 @@ class Report:
 
 def build_report(run: RunData, *, audit: bool = True) -> Report:
     """Numbers of ``run``; ``audit`` also reads its tokenizers for the coverage audit."""
-    series = read_series(run.lines)
+    series = with_evaluations(run, read_series(run.lines))
     return Report(
         run=run,
         series=series,
@@ -116,8 +132,15 @@ def entities(run: RunData) -> list[str]:
     return list(dict.fromkeys([*map(str, teachers), *domains]))
 
 
+def is_constant(panel: Panel, series: Mapping[str, Series]) -> bool:
+    """Whether each of its curves has one value from end to end, over enough steps to say so."""
+    curves = [series[name].values for _, name in panel.curves]
+    return all(len(values) >= ENOUGH and values.min() == values.max() for values in curves)
+
+
 def figures(panels: Sequence[Panel], series: Mapping[str, Series]) -> list[dict[str, Any]]:
-    """Curves of each panel; noisy ones with a running mean (``smooth``)."""
+    """Curves of each panel in which something changed; noisy ones with a running mean."""
+    panels = [panel for panel in panels if not is_constant(panel, series)]
     limit = points_each(sum(len(panel.curves) for panel in panels))
     return [
         {

@@ -66,10 +66,10 @@ def _render(name: str, client: Mapping[str, Any], **values: Any) -> str:
     template = environment.get_template(name)
     # only what this package and plotly ship is taken as markup
     return template.render(
-        scripts=[Markup(script) for script in scripts],  # noqa: S704
+        scripts=[Markup(script) for script in scripts],
         policy=_policy(scripts),
-        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704
-        data=Markup(embedded(client)),  # noqa: S704
+        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        data=Markup(embedded(client)),
         **values,
     )
 

@@ -72,20 +72,18 @@ KINDS = (
         is_share=True,
         hint="written in the student's own segmentation",
     ),
-    Kind(
-        section=ANSWERS, title="Held-out canonical", prefixes=("eval/canonical",), is_share=True
-    ),
+    Kind(section=ANSWERS, title="Held-out canonical", prefixes=("eval/canonical",), is_share=True),
     Kind(
         section=ANSWERS,
         title="Truncated answers",
-        prefixes=("truncated", "eval/truncated"),
+        prefixes=("truncated",),
         is_share=True,
         hint="at rollout.max_new_tokens",
     ),
     Kind(
         section=ANSWERS,
         title="Length of answers",
-        prefixes=("response_length", "eval/response_length"),
+        prefixes=("response_length",),
         hint="tokens",
     ),
     Kind(
@@ -111,6 +109,13 @@ KINDS = (
         prefixes=("alignment",),
         is_share=True,
         hint="of the student, that lie in a chunk",
+    ),
+    Kind(
+        section=TEACHERS,
+        title="How texts were aligned",
+        prefixes=("alignment_mismatch", "alignment_offsets", "alignment_strings"),
+        is_share=True,
+        hint="answers whose texts differ, or that a tokenizer's own account aligned",
     ),
     Kind(
         section=TEACHERS,

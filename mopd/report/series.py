@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def thinned(series: Series, limit: int) -> Series:
         return series
     edges = np.linspace(0, size, max((limit - 2) // 2, 1) + 1).astype(np.int64)
     keep = {0, size - 1}
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         part = series.values[begin:end]
         keep |= {int(begin + part.argmin()), int(begin + part.argmax())}
     index = np.array(sorted(keep))
@@ -85,9 +86,7 @@ def smoothed(series: Series) -> Series:
     return Series(name=series.name, steps=series.steps, values=values)
 
 
-def binned_means(
-    parts: Sequence[np.ndarray], size: int
-) -> tuple[list[np.ndarray], np.ndarray]:
+def binned_means(parts: Sequence[np.ndarray], size: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Means of arrays of one length over at most ``size`` equal parts, and where each part begins.
 
     A NaN does not count; a part of NaN alone is 0.

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mopd.cli",),
     ("mopd.demo",),
     ("mopd.runtime",),
-    ("mopd.student", "mopd.rollout", "mopd.teachers"),
+    ("mopd.student", "mopd.rollout", "mopd.teachers", "mopd.report"),
     ("mopd.align", "mopd.projection", "mopd.losses", "mopd.serving"),
     ("mopd.tokens", "mopd.config", "mopd.device", "mopd.metrics", "mopd.storage"),
     ("mopd.environment",),

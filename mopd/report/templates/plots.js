@@ -50,7 +50,7 @@ function layout(more) {
   return {
     margin: { l: 44, r: 10, t: 8, b: 30 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: variable("--faint"), size: 12 }, hovermode: "x unified", showlegend: true,
-    legend: { orientation: "h", y: -0.16, font: { size: 11 } },
+    legend: { orientation: "h", y: -0.16, traceorder: "normal", font: { size: 11 } },
     hoverlabel: { bgcolor: variable("--panel"), font: { color: variable("--text"), size: 11 }, namelength: -1 },
     xaxis: { ...axis, hoverformat: "d" },
     yaxis: { ...axis, tickformat: more.share ? ".0%" : undefined, rangemode: more.share ? "tozero" : "normal" },
@@ -77,7 +77,9 @@ function lines(figure) {
 }
 
 function bars(time) {
-  const named = Object.entries(time.phases).filter(([, seconds]) => seconds.some((value) => value > 0));
+  const sum = (seconds) => seconds.reduce((total, value) => total + value, 0);
+  const all = sum(Object.values(time.phases).map(sum));
+  const named = Object.entries(time.phases).filter(([, seconds]) => sum(seconds) > 0.001 * all);
   const phases = named.map(([name, seconds], number) => ({
     x: time.steps, y: seconds, name: escaped(name), type: "bar", offset: 0,
     width: time.steps.map((step, i) => (time.steps[i + 1] ?? step + (i ? step - time.steps[i - 1] : 1)) - step),
