@@ -8,11 +8,13 @@ STAMP := $(VENV)/.mopd-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.mopd-setup
+BROWSER = $(or $(MOPD_BROWSER),$(shell for name in chromium chromium-browser google-chrome \
+	google-chrome-stable chrome; do command -v $$name && break; done))
 SOURCES := mopd tests $(wildcard launch)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm try-vllm train test test-fast soak bench lint types format clean
+.PHONY: help setup setup-vllm try-vllm try-browser train test test-fast soak bench lint types format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,10 +44,16 @@ try-vllm: setup
 	@$(MAKE) --no-print-directory setup-vllm || { rm -rf $(VLLM_VENV); \
 		echo "make: no vLLM server here, see above; its tests skip (or fail, with CI=true)" >&2; }
 
+# Pages are tested in a real browser. Debian's package is the only one that is installed unasked.
+try-browser:
+	@test -n "$(BROWSER)" || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get install --yes --quiet chromium >/dev/null 2>&1; } || \
+		echo "make: no Chromium or Chrome here; the tests of pages skip (or fail, with CI=true)" >&2
+
 train: setup ## distil two teachers into a student: make train ARGS="train.steps=100"
 	$(BIN)/python launch/train.py recipe=mopd_ctkd $(ARGS)
 
-test: lint types try-vllm ## lint, format check, type check and every test
+test: lint types try-vllm try-browser ## lint, format check, type check and every test
 	$(BIN)/python -m pytest
 
 test-fast: setup ## unit tests that are not marked slow

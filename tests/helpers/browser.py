@@ -39,10 +39,8 @@ def browser_path() -> str:
 
 
 @contextmanager
-def open_page(
-    path: Path, *, width: int = 1200, height: int = 900, dark: bool = False, ready: bool = True
-) -> Iterator[Opened]:
-    """Opens a file in a fresh profile; with ``ready`` once all of its plots are drawn."""
+def headless() -> Iterator[Any]:
+    """A browser with a fresh profile. One at a time: playwright's loop is the thread's own."""
     executable = browser_path()
     try:
         from playwright.sync_api import sync_playwright
@@ -53,20 +51,29 @@ def open_page(
             executable_path=executable, headless=True, args=list(FLAGS)
         )
         try:
-            page = browser.new_page(
-                viewport={"width": width, "height": height},
-                color_scheme="dark" if dark else "light",
-            )
-            opened = Opened(page)
-            page.on("request", lambda request: opened.requests.append(request.url))
-            page.on("pageerror", lambda error: opened.errors.append(str(error)))
-            page.on("console", lambda message: _note(opened, message))
-            page.goto(path.resolve().as_uri())
-            if ready:
-                page.wait_for_selector("html[data-drawn]", timeout=60_000, state="attached")
-            yield opened
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def open_page(
+    browser: Any, path: Path, *, width: int = 1200, height: int = 900, dark: bool = False
+) -> Iterator[Opened]:
+    """A file in a profile of its own, once all of its plots are drawn."""
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
+    )
+    try:
+        opened = Opened(context.new_page())
+        opened.page.on("request", lambda request: opened.requests.append(request.url))
+        opened.page.on("pageerror", lambda error: opened.errors.append(str(error)))
+        opened.page.on("console", lambda message: _note(opened, message))
+        opened.page.goto(path.resolve().as_uri())
+        opened.page.wait_for_selector("html[data-drawn]", timeout=60_000, state="attached")
+        yield opened
+    finally:
+        context.close()
 
 
 def _note(opened: Opened, message: Any) -> None:

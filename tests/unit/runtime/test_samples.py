@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_chunks_cover_both_sides_and_add_up(pair: tuple[ChatTokenizer, ChatToken
     for side, size in (("student", len(answer.token_ids)), ("teacher", len(said.token_ids))):
         edges = [chunk[side] for chunk in found]
         assert edges[0][0] == 0 and edges[-1][1] == size
-        assert all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in pairwise(edges))
     total = sum(chunk["divergence"] for chunk in found)
     assert total == pytest.approx(float(answer.logprobs.sum() - said.logprobs.sum()), rel=1e-4)
     for chunk in found:
