@@ -191,7 +191,8 @@ def _figures(found: Comparison) -> list[dict[str, Any]]:
                 title = panel.title if label == "all" else f"{panel.title}: {label}"
                 metrics[metric] = (panel.section, title)
                 panels.setdefault(
-                    (panel.section, metric), {"share": panel.is_share, "hint": panel.hint}
+                    (panel.section, metric),
+                    {"share": panel.is_share, "hint": panel.hint, "exact": panel.is_exact},
                 )
     shown = list(panels.items())[:SHOWN_CURVES]
     limit = points_each(len(shown) * len(found.reports))
@@ -202,7 +203,7 @@ def _figures(found: Comparison) -> list[dict[str, Any]]:
             "title": metrics[metric][1],
             "curves": [
                 {
-                    **curve(name, report.series[metric], limit),
+                    **curve(name, report.series[metric], limit, exact=look["exact"]),
                     "color": place[name][0],
                     "dash": place[name][1],
                 }

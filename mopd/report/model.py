@@ -83,15 +83,19 @@ class Report:
         """Those that have a metric, in order."""
         return [name for name in SECTIONS if any(p.section == name for p in self.panels)]
 
-    def constants(self, section: str) -> list[tuple[str, str, float]]:
-        """(plot, label, value) of the plots of a section in which nothing ever changed: they are
-        told in words."""
-        return [
-            (panel.title, label, self.series[name].last)
-            for panel in self.panels
-            if panel.section == section and is_constant(panel, self.series)
-            for label, name in panel.curves
-        ]
+    def constants(self, section: str) -> list[tuple[str, float]]:
+        """(metric in words, value) of the plots of a section in which nothing ever changed: they
+        are told in words, a plot of one value in one word."""
+        found: list[tuple[str, float]] = []
+        for panel in self.panels:
+            if panel.section != section or not is_constant(panel, self.series):
+                continue
+            values = {label: self.series[name].last for label, name in panel.curves}
+            if len(set(values.values())) == 1:
+                found.append((panel.title, next(iter(values.values()))))
+            else:
+                found += [(f"{panel.title} of {label}", value) for label, value in values.items()]
+        return found
 
     def client(self) -> dict[str, Any]:
         """What the page's script draws; plain JSON."""
@@ -148,17 +152,21 @@ def figures(panels: Sequence[Panel], series: Mapping[str, Series]) -> list[dict[
             "title": panel.title,
             "hint": panel.hint,
             "share": panel.is_share,
-            "curves": [curve(label, series[name], limit) for label, name in panel.curves],
+            "curves": [
+                curve(label, series[name], limit, exact=panel.is_exact)
+                for label, name in panel.curves
+            ],
         }
         for panel in panels
     ]
 
 
-def curve(label: str, series: Series, limit: int) -> dict[str, Any]:
-    """Points of one curve, ``limit`` at most, and of its running mean where it has many."""
+def curve(label: str, series: Series, limit: int, *, exact: bool = False) -> dict[str, Any]:
+    """At most ``limit`` points, and those of a running mean where there are many, unless ``exact``."""
     few = thinned(series, limit)
     found: dict[str, Any] = {"label": label, "x": few.steps.tolist(), "y": rounded(few.values)}
-    if len(series.values) >= FEW and float(series.values.max()) > float(series.values.min()):
+    changes = float(series.values.max()) > float(series.values.min())
+    if len(series.values) >= FEW and changes and not exact:
         mean = thinned(smoothed(series), limit // 2)
         found["smooth"] = {"x": mean.steps.tolist(), "y": rounded(mean.values)}
     return found

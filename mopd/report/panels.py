@@ -16,6 +16,7 @@ class Kind:
     title: str
     prefixes: tuple[str, ...]
     is_share: bool = False  # an axis in percent
+    is_exact: bool = False  # set, not measured: no running mean
     hint: str = ""
 
     def takes(self, name: str) -> bool:
@@ -29,6 +30,7 @@ class Panel:
     section: str
     title: str
     is_share: bool = False
+    is_exact: bool = False
     hint: str = ""
     curves: list[tuple[str, str]] = field(default_factory=list)
 
@@ -135,7 +137,7 @@ KINDS = (
     Kind(section=TEACHERS, title="Positions without a score", prefixes=("missing",)),
     Kind(section=TEACHERS, title="Scored anew", prefixes=("rescored",)),
     Kind(section=OPTIMIZER, title="Gradient norm", prefixes=("grad_norm",)),
-    Kind(section=OPTIMIZER, title="Learning rate", prefixes=("lr",)),
+    Kind(section=OPTIMIZER, title="Learning rate", prefixes=("lr",), is_exact=True),
     Kind(section=OPTIMIZER, title="Skipped steps", prefixes=("skipped",)),
     Kind(section=SPEED, title="Tokens per second", prefixes=("tokens_per_second",)),
     Kind(section=SPEED, title="Seconds per step", prefixes=("time/step",)),
@@ -145,7 +147,13 @@ KINDS = (
         prefixes=("sync",),
         hint="largest difference of log-probabilities",
     ),
-    Kind(section=SPEED, title="Journal", prefixes=("journal_mb",), hint="MB on disk"),
+    Kind(
+        section=SPEED,
+        title="Journal",
+        prefixes=("journal_mb",),
+        is_exact=True,
+        hint="MB on disk",
+    ),
 )
 SECTIONS = (LEARNING, ANSWERS, TEACHERS, OPTIMIZER, SPEED, OTHER)
 
@@ -177,7 +185,13 @@ def label_of(name: str, prefixes: tuple[str, ...]) -> str:
 
 
 def _empty(kind: Kind) -> Panel:
-    return Panel(section=kind.section, title=kind.title, is_share=kind.is_share, hint=kind.hint)
+    return Panel(
+        section=kind.section,
+        title=kind.title,
+        is_share=kind.is_share,
+        is_exact=kind.is_exact,
+        hint=kind.hint,
+    )
 
 
 def _first(name: str) -> str:

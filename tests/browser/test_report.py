@@ -56,7 +56,8 @@ def test_every_plot_has_drawn_data(opened: Opened) -> None:
     found: list[dict[str, Any]] = opened.page.evaluate(
         """() => [...document.querySelectorAll(".plots:not(#time-plot) .figure")].map((box) => ({
             title: box.querySelector("h3").textContent,
-            paths: [...box.querySelectorAll(".scatterlayer path.js-line")].map((p) => p.getBBox().width),
+            paths: [...box.querySelectorAll(".scatterlayer path.js-line")].map(
+                (path) => path.getBBox().width),
         }))"""
     )
     assert {"Loss", "Gradient norm", "Tokens per second", "new"} <= {one["title"] for one in found}

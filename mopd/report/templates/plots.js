@@ -7,6 +7,7 @@ const PALETTE = {
   dark: ["#56b4e9", "#ff8a3c", "#2cc9a0", "#e39cc2", "#f0c648", "#9ad0f5", "#b79be0", "#9aa8b6"],
 };
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
+const GREYS = { rest: "--five", evaluate: "--faint" };
 const CONFIG = {
   responsive: true, displaylogo: false,
   modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
@@ -83,7 +84,7 @@ function bars(time) {
   const phases = named.map(([name, seconds], number) => ({
     x: time.steps, y: seconds, name: escaped(name), type: "bar", offset: 0,
     width: time.steps.map((step, i) => (time.steps[i + 1] ?? step + (i ? step - time.steps[i - 1] : 1)) - step),
-    marker: { color: name === "rest" ? variable("--five") : color(number), line: { width: 0 } },
+    marker: { color: GREYS[name] ? variable(GREYS[name]) : color(number), line: { width: 0 } },
     hovertemplate: "%{y:.3~g} s",
   }));
   const beside = Object.entries(time.beside).map(([name, seconds], number) => ({
