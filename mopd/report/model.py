@@ -162,7 +162,7 @@ def figures(panels: Sequence[Panel], series: Mapping[str, Series]) -> list[dict[
 
 
 def curve(label: str, series: Series, limit: int, *, exact: bool = False) -> dict[str, Any]:
-    """At most ``limit`` points, and those of a running mean where there are many, unless ``exact``."""
+    """At most ``limit`` points, with a running mean where there are many, unless ``exact``."""
     few = thinned(series, limit)
     found: dict[str, Any] = {"label": label, "x": few.steps.tolist(), "y": rounded(few.values)}
     changes = float(series.values.max()) > float(series.values.min())
