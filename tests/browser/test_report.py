@@ -52,17 +52,20 @@ def test_nothing_is_asked_for_but_the_file(opened: Opened, page_file: Path) -> N
 
 
 def test_every_plot_has_drawn_data(opened: Opened) -> None:
-    """Every curve has a line in the picture that is as wide as a plot."""
+    """Every curve and every running mean has a line in the picture, as wide as a plot."""
     found: list[dict[str, Any]] = opened.page.evaluate(
         """() => [...document.querySelectorAll(".plots:not(#time-plot) .figure")].map((box) => ({
             title: box.querySelector("h3").textContent,
             paths: [...box.querySelectorAll(".scatterlayer path.js-line")].map(
                 (path) => path.getBBox().width),
+            wanted: JSON.parse(document.getElementById("data").textContent).figures
+                .find((one) => one.title === box.querySelector("h3").textContent)
+                .curves.reduce((sum, curve) => sum + (curve.smooth ? 2 : 1), 0),
         }))"""
     )
     assert {"Loss", "Gradient norm", "Tokens per second", "new"} <= {one["title"] for one in found}
     for one in found:
-        assert one["paths"] and min(one["paths"]) > 200, one
+        assert len(one["paths"]) == one["wanted"] > 0 and min(one["paths"]) > 200, one
     bars = opened.page.evaluate("() => document.querySelectorAll('#time-plot .bars path').length")
     assert bars >= 4 * 60
 
