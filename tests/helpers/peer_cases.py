@@ -17,9 +17,9 @@ DIRECT: dict[str, Any] = {"teachers.0.model_name": "t"}
 PACKED: dict[str, Any] = {"policy.sequence_packing.enabled": True}
 BETAS = "policy.optimizer.kwargs.betas"
 NEMO_RL_CASES: list[Case] = [
-    (OLD, "teachers.teacher_1.loss", "ctkd"),
-    (GOLD, "teachers.teacher_1.loss", "gold"),
-    (HKL, "teachers.teacher_1.loss", "ctkd"),
+    (OLD, "teachers.teacher.loss", "ctkd"),
+    (GOLD, "teachers.teacher.loss", "gold"),
+    (HKL, "teachers.teacher.loss", "ctkd"),
     (HKL, "ctkd.loss_type", "hkl"),
     (DIRECT, "teachers.t.loss", "kl"),
     (V6, "teachers.t.loss", "ctkd"),
@@ -60,7 +60,7 @@ NEMO_RL_CASES: list[Case] = [
     ({"policy.model_name": "m"}, "student.model", "m"),
     ({"policy.tokenizer.name": "m"}, "student.tokenizer", "m"),
     ({"teacher.model_name": "t"}, "teachers.t.model", "t"),
-    ({"teacher.tokenizer.name": "t"}, "teachers.teacher_1.tokenizer", "t"),
+    ({"teacher.tokenizer.name": "t"}, "teachers.teacher.tokenizer", "t"),
     ({"teachers.0.model_name": "a", "teachers.1.model_name": "b"}, "teachers.b.model", "b"),
     ({**DIRECT, "teachers.0.tokenizer.name": "k"}, "teachers.t.tokenizer", "k"),
     ({**DIRECT, "teachers.0.weight": 0.5}, "teachers.t.weight", 0.5),

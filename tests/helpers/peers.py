@@ -127,7 +127,7 @@ MS_SWIFT_CASES: list[Case] = [
     ({**GRPO, "teacher_kl_coef": 0.5}, "distillation.distillation_weight", 0.5),
     ({"model": "m"}, "student.model", "m"),
     ({"teacher_model": "t"}, "teachers.t.model", "t"),
-    ({"teacher_model_server": "http://a:1"}, "teachers.teacher_1.backend.urls", ["http://a:1"]),
+    ({"teacher_model_server": "http://a:1"}, "teachers.teacher.backend.urls", ["http://a:1"]),
     ({"teacher_model_server": TAGGED}, "teachers.code.domains", ["code"]),
     ({"teacher_model_server": TAGGED}, "distillation.teacher_key", "dataset"),
     (

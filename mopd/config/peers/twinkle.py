@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mopd.config.peers.hf_trainer import DATA_NOTE
-from mopd.config.peers.rows import Peer, Row, Source, drops
+from mopd.config.peers.rows import UNSET, Peer, Row, Source, drops
 from mopd.config.peers.twinkle_values import (
     VARIABLES,
     balanced,
@@ -50,8 +50,11 @@ def _named(key: str, **row: Any) -> tuple[Row, ...]:
     def unset(source: Source) -> Any:
         return None if source.has(*names) else (default(source) if callable(default) else default)
 
-    own = {} if default is None else {"default": unset}
-    return (Row(key, when=when, **row, **own), *(Row(name, when=when, **row) for name in names[1:]))
+    own = UNSET if default is None else unset
+    return (
+        Row(key, when=when, default=own, **row),
+        *(Row(name, when=when, **row) for name in names[1:]),
+    )
 
 
 UNCUT = "prompts are not cut here, and answers by rollout.max_new_tokens"

@@ -88,7 +88,7 @@ def is_dynamic(source: Source) -> bool:
 
 
 def loss_type(value: Any, source: Source) -> str:
-    if value not in ("pkl", "hkl"):
+    if value not in ("pkl", "hkl", "auto"):
         raise ValueError("pkl or hkl is expected")
     return value
 

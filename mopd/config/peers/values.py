@@ -162,7 +162,8 @@ def teacher_names(models: list[Any]) -> list[str]:
     names: list[str] = []
     for number_, model in enumerate(models, start=1):
         last = str(model or "").rstrip("/").rpartition("/")[2]
-        name = re.sub(r"[^A-Za-z0-9_-]+", "_", last).strip("_-") or f"teacher_{number_}"
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", last).strip("_-")
+        name = name or ("teacher" if len(models) == 1 else f"teacher_{number_}")
         names.append(f"{name}_{number_}" if name in names else name)
     return names
 

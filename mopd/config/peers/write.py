@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
-
-import yaml
 
 from mopd.config.keys import printable
 from mopd.config.peers.convert import Conversion, Write, nested
 from mopd.config.schema import RunConfig
 
 WIDTH = 96
+WORD = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
+NO_WORDS = ("true", "false", "null", "yes", "no", "on", "off", "y", "n", "inf", "nan")
 
 
 def recipe_text(conversion: Conversion, *, origin: str) -> str:
@@ -40,9 +41,9 @@ def _lines(key: str, value: Any, indent: str) -> Iterator[str]:
     if isinstance(value, Write):
         if value.note:
             yield from _comment(value.note, indent)
-        yield f"{indent}{key}: {_scalar(value.value)}  # {printable(value.origin)}"
+        yield f"{indent}{_scalar(key)}: {_scalar(value.value)}  # {printable(value.origin)}"
         return
-    yield f"{indent}{key}:"
+    yield f"{indent}{_scalar(key)}:"
     for name, child in value.items():
         yield from _lines(name, child, f"{indent}  ")
 
@@ -59,14 +60,13 @@ def _comment(note: str, indent: str) -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    """On one line. What OmegaConf would look up is escaped."""
-    dumped = yaml.safe_dump(
-        _escaped(value), default_flow_style=True, width=float("inf"), allow_unicode=False
-    )
-    return dumped.removesuffix("\n").removesuffix("\n...")
+    """JSON, which is YAML; plain words without quotes. What OmegaConf would look up is escaped."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_scalar(item) for item in value)}]"
+    if isinstance(value, str) and WORD.fullmatch(value) and value.lower() not in NO_WORDS:
+        return value
+    return json.dumps(_escaped(value))
 
 
 def _escaped(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_escaped(item) for item in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mopd.config.load import load_config
@@ -94,7 +94,7 @@ VALUES = st.one_of(
 
 
 @pytest.mark.parametrize("name", PEERS)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_no_key_crashes_or_vanishes(name: str, data: st.DataObject) -> None:
     """Each key is in exactly one group, and what is written is a recipe of those values."""
@@ -111,7 +111,7 @@ def test_no_key_crashes_or_vanishes(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", PEERS)
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, phases=[Phase.generate])
 @given(data=st.data())
 def test_what_is_written_loads_as_what_was_converted(
     name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
