@@ -36,6 +36,6 @@ def test_the_example_trains_two_steps(name: str, tiny_world: World, tmp_path: Pa
         if not word.startswith(("teachers.sort", "teachers.upper"))
     ]
     run_ranks(train_here, 1, str(recipe), overrides, timeout=120)
-    lines = step_lines(tmp_path / "run")
-    assert [line["step"] for line in lines] == [0, 1] or len(lines) >= 2
-    assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line)
+    trained = [line for line in step_lines(tmp_path / "run") if "grad_norm" in line]
+    assert len(trained) == 2
+    assert all(line["grad_norm"] > 0 and line["skipped"] == 0 for line in trained)

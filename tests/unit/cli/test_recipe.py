@@ -41,7 +41,7 @@ def test_what_is_lost_gives_one_and_a_recipe_all_the_same(
     assert report["from"] == "trl"
     assert not report["whole"]
     load_config(output)
-    assert main(words[:-1] + ["--overwrite"]) == 1
+    assert main([*words[:-1], "--overwrite"]) == 1
     printed = capsys.readouterr().out
     assert "! new\\nkey = 1" in printed
     assert "2 of 3 keys matter" in printed
