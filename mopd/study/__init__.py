@@ -1,0 +1,1 @@
+"""Many recipes and seeds as real runs, and their results side by side."""
