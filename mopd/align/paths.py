@@ -19,15 +19,24 @@ _NO_STOP = np.iinfo(np.int64).min
 
 @dataclass(frozen=True, kw_only=True)
 class PathOptions:
-    """``fold`` [V_T] gives the columns; paths have fewer than ``max_length`` pieces."""
+    """``fold`` [V_T] gives the columns; paths have fewer than ``max_length`` pieces.
+
+    ``canonical``: the text's own mass goes to the student's own next token of that text
+    (`mopd.align.canonical`).
+    """
 
     trie: FibreTrie
     fold: np.ndarray
     max_length: int
+    canonical: bool = False
 
     @cached_property
     def index(self) -> TrieIndex:
         return trie_index(self.trie, self.fold)
+
+    @cached_property
+    def members(self) -> Members:
+        return Members.of(self.trie)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +99,28 @@ class _Walk:
     stop: np.ndarray  # [A] slot of the student token written when the text goes on otherwise
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Members:
+    """Which student tokens are in which group: ``group * size + token``, ascending."""
+
+    packed: np.ndarray  # [M] int64
+    size: int
+
+    @classmethod
+    def of(cls, trie: FibreTrie) -> Members:
+        size = int(trie.member_token.max(initial=0)) + 1
+        group = np.repeat(np.arange(len(trie.group_piece)), np.diff(trie.member_ptr))
+        return cls(packed=np.sort(group * size + trie.member_token), size=size)
+
+    def holds(self, key: np.ndarray, token: np.ndarray) -> np.ndarray:
+        """[M] bool: whether ``token`` is ``key``, as in `Entries`, or one of its members."""
+        wanted = key * self.size + token
+        place = np.minimum(np.searchsorted(self.packed, wanted), max(len(self.packed) - 1, 0))
+        found = (self.packed[place] == wanted) if len(self.packed) else np.zeros(len(key), bool)
+        is_group = (key >= 0) & (token >= 0) & (token < self.size)
+        return np.where(key >= 0, found & is_group, (key == -1 - token) & (token >= 0))
+
+
 @dataclass(slots=True)
 class _Entries:
     """Tokens and their slots. Entries of one (boundary, slot) add up to one probability."""
@@ -107,16 +138,45 @@ def path_targets(
     position: np.ndarray,
     row: np.ndarray,
     options: PathOptions | None,
+    canonical_ids: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The path fields of `TeacherRows` for boundaries at ``position`` with teacher rows ``row``.
+
+    Args:
+        canonical_ids: [S] of `mopd.align.canonical`, for options that ask for it.
 
     The boundary row says how likely the column is; the rows after it say how the text goes on, so
     by the chain rule they say which of the student tokens behind that column comes next. Tokens
     that the rows do not tell apart share a slot: those that begin with other pieces of the same
     column share the stop's, and so do those of a group that no token of its own ends.
     """
-    parts = [] if options is None else _walk(scores, tempered, row=row, options=options)
-    return _slots(_concatenate(parts), position)
+    parts, ends = ([], []) if options is None else _walk(scores, tempered, row=row, options=options)
+    entries = _concatenate(parts)
+    if options is not None and options.canonical and canonical_ids is not None:
+        moved = _moved(entries, _concatenate(ends), canonical_ids[position], options.members)
+        entries = _concatenate([entries, moved])
+    return _slots(entries, position)
+
+
+def _moved(entries: _Entries, ends: _Entries, wanted: np.ndarray, members: Members) -> _Entries:
+    """What takes the mass of ``ends`` out of its slots and into those of ``wanted`` [boundaries].
+
+    Where no slot of the boundary has the token (-1: there is none), nothing moves.
+    """
+    hit = np.flatnonzero(members.holds(entries.key, wanted[entries.boundary]))
+    hit = hit[entries.slot[hit] != _NO_STOP]
+    target = np.full(len(wanted), -1, dtype=np.int64)
+    target[entries.boundary[hit]] = hit
+    going = target[ends.boundary] >= 0
+    to = target[ends.boundary[going]]
+    prob = ends.prob[going]
+    taken = _Entries(
+        boundary=ends.boundary[going], slot=ends.slot[going], key=ends.key[going], prob=-prob
+    )
+    given = _Entries(
+        boundary=entries.boundary[to], slot=entries.slot[to], key=entries.key[to], prob=prob
+    )
+    return _concatenate([taken, given])
 
 
 def _slots(entries: _Entries, position: np.ndarray) -> dict[str, np.ndarray]:
@@ -136,6 +196,7 @@ def _slots(entries: _Entries, position: np.ndarray) -> dict[str, np.ndarray]:
     prob = entries.prob[told]
     some = np.flatnonzero(prob)
     mass = np.bincount(np.searchsorted(heads, head[some]), weights=prob[some], minlength=len(heads))
+    mass = np.maximum(mass, 0.0)  # what was moved away leaves a rounding error
     owner = heads >> bits
     begins = np.flatnonzero(np.diff(owner, prepend=-1))
     counts = np.diff(begins, append=len(owner))
@@ -153,17 +214,40 @@ def _slots(entries: _Entries, position: np.ndarray) -> dict[str, np.ndarray]:
 
 def _walk(
     scores: TeacherScores, tempered: Tempered, *, row: np.ndarray, options: PathOptions
-) -> list[_Entries]:
-    """All walks, level by level."""
+) -> tuple[list[_Entries], list[_Entries]]:
+    """All walks, level by level: their slots, and the actual text's own mass where each ends."""
     parts: list[_Entries] = []
+    ends: list[_Entries] = []
     walk = _first_level(scores, tempered, row=row, options=options)
     for _ in range(1, options.max_length):
         if not len(walk.node):
             break
         following = _next_nodes(scores, walk, options.index)
+        if options.canonical:
+            ends.append(_ends(scores, tempered, walk, following=following, trie=options.trie))
         entries, walk = _level(scores, tempered, walk, following=following, trie=options.trie)
         parts.append(entries)
-    return parts
+    return parts, ends
+
+
+def _ends(
+    scores: TeacherScores,
+    tempered: Tempered,
+    walk: _Walk,
+    *,
+    following: np.ndarray,
+    trie: FibreTrie,
+) -> _Entries:
+    """Walks that the actual text leaves here: the part of their stop's mass that is that text's."""
+    groups = trie.group_ptr[walk.node + 1] - trie.group_ptr[walk.node]
+    of = np.repeat(np.arange(len(walk.node)), groups)
+    piece = trie.group_piece[ragged_arange(trie.group_ptr[walk.node], groups)]
+    actual = scores.token_ids[walk.row]
+    listed = np.bincount(of, weights=piece == actual[of], minlength=len(groups)) > 0
+    left = (following < 0) & ~listed
+    prob = walk.reach * np.exp(tempered.actual[walk.row].astype(np.float64))
+    stop = walk.stop[left]
+    return _Entries(boundary=walk.boundary[left], slot=stop, key=stop, prob=prob[left])
 
 
 def _first_level(

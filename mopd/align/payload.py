@@ -86,6 +86,7 @@ def teacher_rows(
     trainable: np.ndarray,
     options: PayloadOptions,
     sampling_logprobs: np.ndarray | None = None,
+    canonical_ids: np.ndarray | None = None,
     report: dict[str, tuple[float, float]] | None = None,
 ) -> TeacherRows:
     """One rollout's rows; positions count response tokens (0 predicts the first one).
@@ -93,6 +94,7 @@ def teacher_rows(
     Args:
         student_ids: [S] the sampled response; trainable: [S] bool, its loss mask.
         sampling_logprobs: [S] the sampler's; None where no loss asks for them.
+        canonical_ids: [S] of `mopd.align.canonical`, for path terms that ask for it.
         report: takes (sum, count) of `interior_coverage`, the share that interior rows speak for,
             and `unreachable_mass`, what folds to null, where they arise.
     A chunk is dropped when one of its student tokens is not trainable or a teacher row is missing.
@@ -151,7 +153,14 @@ def teacher_rows(
         token_chunk=index.token_chunk,
         token_sampling_logprob=_sampled(sampling_logprobs, index.token_position),
         **join_native(native),
-        **path_targets(scores, tempered, position=position, row=row, options=options.path),
+        **path_targets(
+            scores,
+            tempered,
+            position=position,
+            row=row,
+            options=options.path,
+            canonical_ids=canonical_ids,
+        ),
     )
 
 

@@ -140,6 +140,11 @@ def _ctkd(config: RunConfig) -> Iterator[str]:
             f"ctkd.{which}: judges the student's own tokens already; set ctkd.path_terms=false and "
             "ctkd.interior_rows=false"
         )
+    if section.canonical_paths and not section.path_terms:
+        yield (
+            "ctkd.canonical_paths: is about path terms, which are off; set ctkd.path_terms=true, "
+            "or leave it out"
+        )
     if section.direction == "pull" and section.merge != "boundary":
         yield "ctkd.direction=pull: reads boundary rows only; set ctkd.merge=boundary"
     if section.direction == "pull" and section.unreachable != "fold":

@@ -24,6 +24,11 @@ def check_rollout(config: RunConfig, *, world_size: int) -> Iterator[str]:
         yield f"{prefix}.path: is only read by type=replay; set that type, or path=null"
     if len(set(rollout.stop_token_ids)) < len(rollout.stop_token_ids):
         yield "rollout.stop_token_ids: lists a token twice; give each once"
+    if rollout.segmentation == "canonical" and backend.type != "hf":
+        yield (
+            "rollout.segmentation=canonical: the sampler in process rules tokens out, "
+            f"rollout.backend.type={backend.type} does not; set type=hf, or segmentation=any"
+        )
     yield from _authors(config)
     if backend.type == "dataset":
         yield from _dataset(config)

@@ -216,6 +216,7 @@ class CtkdSection(Section):
     divergence: DivergenceSection = DivergenceSection()
     unreachable: Literal["fold", "rest", "renorm"] = "fold"
     path_terms: bool = True
+    canonical_paths: bool = False  # path terms end in the student's own encoding of the text
     interior_rows: bool = False  # teach student tokens inside chunks from the boundary's row
     lambda_chunk: NonNegativeFloat = 0.0
     learned: LearnedSection = LearnedSection()
@@ -267,6 +268,7 @@ class RolloutSection(Section):
     max_new_tokens: PositiveInt = 128
     num_generations_per_prompt: PositiveInt = 1
     stop_token_ids: tuple[NonNegativeInt, ...] = ()  # end an answer as a cut does, and are left out
+    segmentation: Literal["any", "canonical"] = "any"  # canonical: only the tokenizer's own, of hf
     mask_truncated_completions: bool = False  # train nothing of answers without an end
     max_staleness: NonNegativeInt = 0  # optimizer steps between sampling and training; > 0 overlaps
     lmbda: Probability = 1.0  # the share of answers that the student writes itself

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from mopd.errors import StaleWeightsError
 from mopd.rollout.base import make_rollout
+from mopd.rollout.canonical import CanonicalModel
 from mopd.rollout.tasks import SamplingOptions
 from mopd.serving.generation import generate, sampling_stream
 from mopd.serving.hf_experts import one_by_one
 from mopd.serving.models import load_causal_lm
+from mopd.tokens.canonical import CanonicalNext
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Prompt, Rollout
 
@@ -40,6 +43,7 @@ class HfSampler:
         self._tokenizer = tokenizer
         self._options = options
         self._batch_size = batch_size
+        self._canonical = CanonicalNext(tokenizer.vocabulary) if options.canonical else None
         self.version = -1
 
     @torch.no_grad()
@@ -87,16 +91,17 @@ class HfSampler:
 
     def _decode(self, tasks: Sequence[tuple[Prompt, int]], streams: list | None) -> list[Rollout]:
         rollouts: list[Rollout] = []
+        greedy = streams is None
         for begin in range(0, len(tasks), self._batch_size):
             part = tasks[begin : begin + self._batch_size]
             prompt_ids = [self._tokenizer.prompt_ids(prompt.messages) for prompt, _ in part]
             answers = generate(
-                self._model,
+                self._model if greedy else self._policy(),
                 prompt_ids,
                 eos_id=self._tokenizer.eos_id,
                 vocab_size=self._tokenizer.vocabulary.size,
                 max_new_tokens=self._options.max_new_tokens,
-                temperature=1.0 if streams is None else self._options.temperature,
+                temperature=1.0 if greedy else self._options.temperature,
                 streams=None if streams is None else streams[begin : begin + len(part)],
                 stop_ids=self._options.stop_token_ids,
             )
@@ -112,6 +117,12 @@ class HfSampler:
                 for (prompt, n), ids, answer in zip(part, prompt_ids, answers, strict=True)
             ]
         return rollouts
+
+    def _policy(self) -> Any:
+        """What a batch is sampled from; evaluations always ask the student as it is."""
+        return (
+            self._model if self._canonical is None else CanonicalModel(self._model, self._canonical)
+        )
 
     def close(self) -> None:
         """Frees the copy of the model."""

@@ -18,13 +18,14 @@ from mopd.types import Prompt, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """As in the recipe's ``run`` and ``rollout``."""
+    """As in the recipe's ``run`` and ``rollout``; ``canonical`` is for HfSampler alone."""
 
     seed: int
     temperature: float
     max_new_tokens: int
     num_generations: int
     stop_token_ids: tuple[int, ...] = ()
+    canonical: bool = False
 
 
 @dataclass(frozen=True, slots=True)

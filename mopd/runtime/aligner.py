@@ -10,6 +10,7 @@ import numpy as np
 
 from mopd.align.batch import Sample
 from mopd.align.boundaries import align_positions, chunk_counts
+from mopd.align.canonical import canonical_next
 from mopd.align.payload import PayloadOptions, column_peaks, shared_columns, teacher_rows
 from mopd.align.positions import canonical_prefix
 from mopd.align.select import byte_scores, select
@@ -108,6 +109,7 @@ class Aligner:
         tally: Tally,
     ) -> Sample:
         trained = self._trained(rollout)
+        canonical = self._canonical(rollout, payload)
         rows: dict[str, TeacherRows] = {}
         said: dict[str, np.ndarray] = {}
         for name, score in scores.items():
@@ -122,6 +124,7 @@ class Aligner:
                 trainable=trainable,
                 options=payload[name],
                 sampling_logprobs=rollout.logprobs,
+                canonical_ids=canonical,
                 report=report,
             )
             for metric, (total, count) in report.items():
@@ -148,6 +151,17 @@ class Aligner:
             own = [*own, self._student.eos_id]
         kept = canonical_prefix(rollout.token_ids, np.asarray(own))
         return rollout.loss_mask & (np.arange(len(rollout.token_ids)) < kept)
+
+    def _canonical(
+        self, rollout: Rollout, payload: Mapping[str, PayloadOptions]
+    ) -> np.ndarray | None:
+        """[S] the student's own next tokens, where the path terms of a teacher ask for them."""
+        if not any(one.path is not None and one.path.canonical for one in payload.values()):
+            return None
+        vocabulary = self._student.vocabulary
+        own = np.asarray(vocabulary.encode(rollout.response), dtype=np.int64)
+        ended = rollout.finish_reason == "stop"
+        return canonical_next(rollout.byte_ends, own, vocabulary.byte_ends(own), ended=ended)
 
     def _count(self, rollout: Rollout, name: str, found: TextAlignment, tally: Tally) -> None:
         covered = found.covered

@@ -93,7 +93,12 @@ def payload_options(
             merge=section.merge,
             pieces=_pieces(config, student, teacher),
         )
-    path = PathOptions(trie=projection.trie, fold=projection.fold, max_length=section.max_length)
+    path = PathOptions(
+        trie=projection.trie,
+        fold=projection.fold,
+        max_length=section.max_length,
+        canonical=section.canonical_paths,
+    )
     return PayloadOptions(
         temperature=temperature,
         fold=_fold(section, projection),

@@ -94,6 +94,7 @@ def _options(config: RunConfig, tokenizer: ChatTokenizer) -> SamplingOptions:
         max_new_tokens=rollout.max_new_tokens,
         num_generations=rollout.num_generations_per_prompt,
         stop_token_ids=rollout.stop_token_ids,
+        canonical=rollout.segmentation == "canonical",
     )
 
 

@@ -150,6 +150,10 @@ class Vocabulary:
         """Token ids of one segment; see `encode_many`."""
         return self.encode_many([segment])[0]
 
+    def pre_tokens(self, segment: bytes) -> list[int | None]:
+        """Of each token of the encoding, the number of its pre-token; ``[]`` if not UTF-8."""
+        return self._encode_text(segment).word_ids if is_utf8(segment) else []
+
     def _encode_raw(self, data: bytes) -> list[int]:
         """Bytes that are not UTF-8: the valid parts as text, the rest by merges over bytes."""
         ids: list[int] = []
