@@ -11,10 +11,10 @@ from functools import cached_property
 
 import numpy as np
 
+from mopd.align.canonical import Members, column_entries, moved
+from mopd.align.slots import NO_STOP, Entries, concatenate, slots_of
 from mopd.align.temper import Tempered
 from mopd.types import FibreTrie, TeacherScores, ragged_arange
-
-_NO_STOP = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,16 @@ class PathOptions:
     @cached_property
     def members(self) -> Members:
         return Members.of(self.trie)
+
+    @cached_property
+    def column_of(self) -> np.ndarray:
+        """[V_T + 1] the number of each column that has one-piece paths, else -1."""
+        found = np.full(len(self.fold) + 1, -1, dtype=np.int64)
+        ones = np.flatnonzero(self.trie.node_column >= 0)
+        found[self.fold[self.trie.node_piece[self.trie.node_ptr[ones]]]] = self.trie.node_column[
+            ones
+        ]
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,38 +109,6 @@ class _Walk:
     stop: np.ndarray  # [A] slot of the student token written when the text goes on otherwise
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Members:
-    """Which student tokens are in which group: ``group * size + token``, ascending."""
-
-    packed: np.ndarray  # [M] int64
-    size: int
-
-    @classmethod
-    def of(cls, trie: FibreTrie) -> Members:
-        size = int(trie.member_token.max(initial=0)) + 1
-        group = np.repeat(np.arange(len(trie.group_piece)), np.diff(trie.member_ptr))
-        return cls(packed=np.sort(group * size + trie.member_token), size=size)
-
-    def holds(self, key: np.ndarray, token: np.ndarray) -> np.ndarray:
-        """[M] bool: whether ``token`` is ``key``, as in `Entries`, or one of its members."""
-        wanted = key * self.size + token
-        place = np.minimum(np.searchsorted(self.packed, wanted), max(len(self.packed) - 1, 0))
-        found = (self.packed[place] == wanted) if len(self.packed) else np.zeros(len(key), bool)
-        is_group = (key >= 0) & (token >= 0) & (token < self.size)
-        return np.where(key >= 0, found & is_group, (key == -1 - token) & (token >= 0))
-
-
-@dataclass(slots=True)
-class _Entries:
-    """Tokens and their slots. Entries of one (boundary, slot) add up to one probability."""
-
-    boundary: np.ndarray  # [M]
-    slot: np.ndarray  # [M] the key of the slot's first member
-    key: np.ndarray  # [M] a trie group, or -1 - student token
-    prob: np.ndarray  # [M]
-
-
 def path_targets(
     scores: TeacherScores,
     tempered: Tempered,
@@ -151,73 +129,48 @@ def path_targets(
     column share the stop's, and so do those of a group that no token of its own ends.
     """
     parts, ends = ([], []) if options is None else _walk(scores, tempered, row=row, options=options)
-    entries = _concatenate(parts)
+    entries = concatenate(parts)
     if options is not None and options.canonical and canonical_ids is not None:
-        moved = _moved(entries, _concatenate(ends), canonical_ids[position], options.members)
-        entries = _concatenate([entries, moved])
-    return _slots(entries, position)
+        wanted = canonical_ids[position]
+        entries = concatenate(
+            [
+                entries,
+                moved(entries, concatenate(ends), wanted, options.members),
+                _of_folded(scores, tempered, row=row, wanted=wanted, options=options),
+            ]
+        )
+    return slots_of(entries, position)
 
 
-def _moved(entries: _Entries, ends: _Entries, wanted: np.ndarray, members: Members) -> _Entries:
-    """What takes the mass of ``ends`` out of its slots and into those of ``wanted`` [boundaries].
+def _of_folded(
+    scores: TeacherScores,
+    tempered: Tempered,
+    *,
+    row: np.ndarray,
+    wanted: np.ndarray,
+    options: PathOptions,
+) -> Entries:
+    """Boundaries whose actual token is no path of the trie, but folds into a column that has some.
 
-    Where no slot of the boundary has the token (-1: there is none), nothing moves.
+    Its share of the column belongs to the student's own next token, and the rest of the column to
+    the other tokens there.
     """
-    hit = np.flatnonzero(members.holds(entries.key, wanted[entries.boundary]))
-    hit = hit[entries.slot[hit] != _NO_STOP]
-    target = np.full(len(wanted), -1, dtype=np.int64)
-    target[entries.boundary[hit]] = hit
-    going = target[ends.boundary] >= 0
-    to = target[ends.boundary[going]]
-    prob = ends.prob[going]
-    taken = _Entries(
-        boundary=ends.boundary[going], slot=ends.slot[going], key=ends.key[going], prob=-prob
+    actual = scores.token_ids[row]
+    column = options.column_of[options.fold[actual]]
+    alone = np.flatnonzero(
+        (options.index.root[actual] < 0) & (column >= 0) & (wanted >= 0) & scores.valid[row]
     )
-    given = _Entries(
-        boundary=entries.boundary[to], slot=entries.slot[to], key=entries.key[to], prob=prob
-    )
-    return _concatenate([taken, given])
-
-
-def _slots(entries: _Entries, position: np.ndarray) -> dict[str, np.ndarray]:
-    """Entries sorted by boundary, slot and key, without repetitions; mass summed per slot."""
-    told = entries.slot != _NO_STOP
-    boundary, slot, key = entries.boundary[told], entries.slot[told], entries.key[told]
-    # one integer per entry: sorting those is far faster than sorting rows of three
-    low = int(min(slot.min(initial=0), key.min(initial=0)))
-    bits = (int(max(slot.max(initial=0), key.max(initial=0))) - low).bit_length()
-    assert len(position).bit_length() + 2 * bits < 63
-    head = (boundary << bits) | (slot - low)
-    packed = np.sort((head << bits) | (key - low))
-    packed = packed[np.diff(packed, prepend=-1) != 0]
-    entry_head = packed >> bits
-    first = np.diff(entry_head, prepend=-1) != 0
-    heads = entry_head[first]
-    prob = entries.prob[told]
-    some = np.flatnonzero(prob)
-    mass = np.bincount(np.searchsorted(heads, head[some]), weights=prob[some], minlength=len(heads))
-    mass = np.maximum(mass, 0.0)  # what was moved away leaves a rounding error
-    owner = heads >> bits
-    begins = np.flatnonzero(np.diff(owner, prepend=-1))
-    counts = np.diff(begins, append=len(owner))
-    index = np.repeat(np.arange(len(begins)), counts)
-    total = np.bincount(index, weights=mass, minlength=len(begins))
-    return {
-        "path_position": position[owner[begins]],
-        "path_weight": np.minimum(total, 1.0).astype(np.float32),
-        "path_offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        "path_target": (mass / np.maximum(total, 1e-30)[index]).astype(np.float32),
-        "path_entry_slot": np.cumsum(first) - 1,
-        "path_entry": (packed & ((1 << bits) - 1)) + low,
-    }
+    share = np.ones(len(row))
+    share[alone] = _column_share(scores, tempered, row[alone], options)
+    return column_entries(options.trie, options.members, alone, column, wanted, share)
 
 
 def _walk(
     scores: TeacherScores, tempered: Tempered, *, row: np.ndarray, options: PathOptions
-) -> tuple[list[_Entries], list[_Entries]]:
+) -> tuple[list[Entries], list[Entries]]:
     """All walks, level by level: their slots, and the actual text's own mass where each ends."""
-    parts: list[_Entries] = []
-    ends: list[_Entries] = []
+    parts: list[Entries] = []
+    ends: list[Entries] = []
     walk = _first_level(scores, tempered, row=row, options=options)
     for _ in range(1, options.max_length):
         if not len(walk.node):
@@ -237,7 +190,7 @@ def _ends(
     *,
     following: np.ndarray,
     trie: FibreTrie,
-) -> _Entries:
+) -> Entries:
     """Walks that the actual text leaves here: the part of their stop's mass that is that text's."""
     groups = trie.group_ptr[walk.node + 1] - trie.group_ptr[walk.node]
     of = np.repeat(np.arange(len(walk.node)), groups)
@@ -247,7 +200,7 @@ def _ends(
     left = (following < 0) & ~listed
     prob = walk.reach * np.exp(tempered.actual[walk.row].astype(np.float64))
     stop = walk.stop[left]
-    return _Entries(boundary=walk.boundary[left], slot=stop, key=stop, prob=prob[left])
+    return Entries(boundary=walk.boundary[left], slot=stop, key=stop, prob=prob[left])
 
 
 def _first_level(
@@ -282,7 +235,7 @@ def _next_nodes(scores: TeacherScores, walk: _Walk, index: TrieIndex) -> np.ndar
 
 def _stop_slot(trie: FibreTrie, node: np.ndarray) -> np.ndarray:
     stop = trie.stop_token[node].astype(np.int64)
-    return np.where(stop >= 0, -1 - stop, _NO_STOP)
+    return np.where(stop >= 0, -1 - stop, NO_STOP)
 
 
 def _level(
@@ -292,7 +245,7 @@ def _level(
     *,
     following: np.ndarray,
     trie: FibreTrie,
-) -> tuple[_Entries, _Walk]:
+) -> tuple[Entries, _Walk]:
     """The slots at the present nodes, and the walk one actual piece further."""
     groups = trie.group_ptr[walk.node + 1] - trie.group_ptr[walk.node]
     of = np.repeat(np.arange(len(walk.node)), groups)
@@ -312,12 +265,12 @@ def _level(
     onward = following >= 0
     step = np.bincount(of[taken], weights=prob[taken], minlength=len(groups))
     own_stop = _stop_slot(trie, np.maximum(following, 0))
-    return _concatenate(parts), _Walk(
+    return concatenate(parts), _Walk(
         boundary=walk.boundary[onward],
         node=following[onward],
         row=walk.row[onward] + 1,
         reach=(walk.reach * step)[onward],
-        stop=np.where(own_stop == _NO_STOP, walk.stop, own_stop)[onward],
+        stop=np.where(own_stop == NO_STOP, walk.stop, own_stop)[onward],
     )
 
 
@@ -360,10 +313,10 @@ def _level_entries(
     prob: np.ndarray,
     joined: np.ndarray,
     taken: np.ndarray,
-) -> _Entries:
+) -> Entries:
     """The groups off the actual path; the one on it is told apart at the next level."""
     leaf = ~taken
-    return _Entries(
+    return Entries(
         boundary=walk.boundary[of[leaf]],
         slot=np.where(joined, walk.stop[of], group)[leaf],
         key=group[leaf],
@@ -371,11 +324,11 @@ def _level_entries(
     )
 
 
-def _stops(walk: _Walk, prob: np.ndarray) -> _Entries:
-    return _Entries(boundary=walk.boundary, slot=walk.stop, key=walk.stop, prob=prob)
+def _stops(walk: _Walk, prob: np.ndarray) -> Entries:
+    return Entries(boundary=walk.boundary, slot=walk.stop, key=walk.stop, prob=prob)
 
 
-def _beside(walk: _Walk, trie: FibreTrie) -> _Entries:
+def _beside(walk: _Walk, trie: FibreTrie) -> Entries:
     """Student tokens behind the other one-piece nodes of the column: part of the stop's slot."""
     column = trie.node_column[walk.node]
     siblings = trie.column_ptr[column + 1] - trie.column_ptr[column]
@@ -384,19 +337,12 @@ def _beside(walk: _Walk, trie: FibreTrie) -> _Entries:
     of, node = of[node != walk.node[of]], node[node != walk.node[of]]
     groups = trie.group_ptr[node + 1] - trie.group_ptr[node]
     of = np.repeat(of, groups)
-    return _Entries(
+    return Entries(
         boundary=walk.boundary[of],
         slot=walk.stop[of],
         key=ragged_arange(trie.group_ptr[node], groups),
         prob=np.zeros(len(of)),
     )
-
-
-def _concatenate(parts: list[_Entries]) -> _Entries:
-    none = np.zeros(0, dtype=np.int64)
-    parts = [_Entries(boundary=none, slot=none, key=none, prob=np.zeros(0)), *parts]
-    names = ("boundary", "slot", "key", "prob")
-    return _Entries(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
 
 
 def _column_share(
