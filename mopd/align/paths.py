@@ -191,16 +191,29 @@ def _ends(
     following: np.ndarray,
     trie: FibreTrie,
 ) -> Entries:
-    """Walks that the actual text leaves here: the part of their stop's mass that is that text's."""
+    """Walks that the actual text leaves here: the part of a slot's mass that is that text's.
+
+    It leaves behind the pieces walked, and then the mass is part of the stop's; or behind one piece
+    more, which ends a group, and there must be a row that says how the text goes on.
+    """
     groups = trie.group_ptr[walk.node + 1] - trie.group_ptr[walk.node]
     of = np.repeat(np.arange(len(walk.node)), groups)
-    piece = trie.group_piece[ragged_arange(trie.group_ptr[walk.node], groups)]
-    actual = scores.token_ids[walk.row]
-    listed = np.bincount(of, weights=piece == actual[of], minlength=len(groups)) > 0
+    group = ragged_arange(trie.group_ptr[walk.node], groups)
+    actual = np.exp(tempered.actual.astype(np.float64))
+    step = walk.reach * actual[walk.row]
+    taken = (trie.group_piece[group] == scores.token_ids[walk.row][of]) & (following < 0)[of]
+    listed = np.bincount(of, weights=taken, minlength=len(groups)) > 0
     left = (following < 0) & ~listed
-    prob = walk.reach * np.exp(tempered.actual[walk.row].astype(np.float64))
-    stop = walk.stop[left]
-    return Entries(boundary=walk.boundary[left], slot=stop, key=stop, prob=prob[left])
+    behind = taken & _goes_on(scores, walk.row)[of]
+    inside, last = group[behind], of[behind]
+    after = np.minimum(walk.row[last] + 1, len(actual) - 1)
+    slot = np.where(trie.group_open[inside], walk.stop[last], inside)
+    return Entries(
+        boundary=np.concatenate([walk.boundary[left], walk.boundary[last]]),
+        slot=np.concatenate([walk.stop[left], slot]),
+        key=np.concatenate([walk.stop[left], inside]),
+        prob=np.concatenate([step[left], step[last] * actual[after]]),
+    )
 
 
 def _first_level(

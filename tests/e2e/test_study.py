@@ -36,7 +36,7 @@ def file(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "group": "g",
                 "recipe": "mopd_ctkd",
                 "asks": "what becomes of the others",
-                "overrides": [f"teachers.sort.model={tiny_world.data.parent}"],
+                "overrides": ["rollout.stop_token_ids=[99999]"],
             },
             "orphan": {"group": "g", "recipe": "mopd_ctkd", "asks": "nothing", "after": "broken"},
             "second": {"group": "g", "recipe": "mopd_gold", "asks": "more", "after": "plain"},
@@ -95,7 +95,7 @@ def test_a_study_is_stopped_continued_and_told(file: Path) -> None:
     assert len(found) == 8
     for seed in (1, 2):
         assert found["broken", seed]["status"] == "failed"
-        assert "exit code" in found["broken", seed]["error"]
+        assert "stop_token_ids: 99999 is beyond" in found["broken", seed]["error"]
         assert f"broken-s{seed}" in found["orphan", seed]["error"]
         for arm in ("plain", "second"):
             one = found[arm, seed]
