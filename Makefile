@@ -14,7 +14,7 @@ SOURCES := mopd tests $(wildcard launch)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm try-vllm try-browser train test test-fast soak bench lint types format clean
+.PHONY: help setup setup-vllm try-vllm try-browser train test test-fast soak study bench lint types format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ test-fast: setup ## unit tests that are not marked slow
 # SOAK_STEPS=2000 makes it longer; each run is also made once undisturbed, to compare.
 soak: setup ## 200 steps with servers killed and hung, 20 kills of the trainer, against clean runs (minutes)
 	$(BIN)/python -m pytest tests/soak --timeout 7200 -rP
+
+# What is done is not done again; the raw results are in docs/results.
+study: setup ## the arms and seeds of recipes/study: docs/results.md (90 minutes, resumable)
+	$(BIN)/mopd study recipes/study/main.yaml --output docs/results --document docs/results.md $(ARGS)
 
 bench: setup ## speed, memory and error of the losses: bench.json
 	$(BIN)/python -m tests.bench $(ARGS)

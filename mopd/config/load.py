@@ -24,6 +24,7 @@ from mopd.errors import ConfigError
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SUFFIXES = (".yaml", ".yml")
 LAYERS = ("base", "cluster", "world", "world_opd", "world_vllm")  # files that recipes build on
+STUDIES = "study"  # their directory: files of `mopd study`, which are no recipes
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w-]*(\.[\w-]+)*)=(?P<value>.+)", re.DOTALL)
 
 Fill = Callable[[DictConfig], DictConfig]
@@ -110,7 +111,11 @@ def _find(recipe: str | Path) -> Path:
 
 def recipe_names() -> list[str]:
     """What ``recipe=`` takes beside a path."""
-    found = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem not in LAYERS)
+    found = sorted(
+        path
+        for path in RECIPES.rglob("*.yaml")
+        if path.stem not in LAYERS and path.parent.name != STUDIES
+    )
     return [path.relative_to(RECIPES).with_suffix("").as_posix() for path in found]
 
 

@@ -43,6 +43,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     began: float
     continued: bool
+    code: str
     told_at: float | None = None  # when SIGTERM was sent
 
 
@@ -83,7 +84,6 @@ class _Runner:
         self._running: list[_Running] = []
         self._bad = 0
         self._seconds: list[float] = []
-        self._code = code_version()
 
     def run(self) -> int:
         skipped = len(self._jobs) - self._total
@@ -153,7 +153,13 @@ class _Runner:
             )
         continued = (directory / "checkpoints").exists()
         self._running.append(
-            _Running(job=job, process=process, began=time.monotonic(), continued=continued)
+            _Running(
+                job=job,
+                process=process,
+                began=time.monotonic(),
+                continued=continued,
+                code=code_version(),
+            )
         )
 
     def _recipe(self, job: Job) -> str:
@@ -194,10 +200,17 @@ class _Runner:
         elif code != 0:
             error = f"exit code {code}: {_last_line(self._options.work / f'{job.name}.log')}"
         self._seconds.append(time.monotonic() - running.began)
-        self._book(job, status, error=error, cpu=None if running.continued else cpu)
+        cpu_seconds = None if running.continued else cpu
+        self._book(job, status, error=error, cpu=cpu_seconds, code=running.code)
 
     def _book(
-        self, job: Job, status: Status, *, error: str | None = None, cpu: float | None = None
+        self,
+        job: Job,
+        status: Status,
+        *,
+        error: str | None,
+        cpu: float | None = None,
+        code: str = "",
     ) -> None:
         directory = self._options.work / job.name
         result = Result(
@@ -208,7 +221,7 @@ class _Runner:
             settings=self._settings[job.name],
             cpu_seconds=cpu,
             error=error,
-            code=self._code,
+            code=code,
         )
         result = replace(result, **read_run(directory))
         self._known.save()

@@ -16,7 +16,7 @@ from tests.helpers.source import Source, shipped
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("launch",),
     ("mopd.cli",),
-    ("mopd.demo",),
+    ("mopd.demo", "mopd.study"),
     ("mopd.runtime",),
     ("mopd.student", "mopd.rollout", "mopd.teachers", "mopd.report"),
     ("mopd.align", "mopd.projection", "mopd.losses", "mopd.serving"),

@@ -1,0 +1,51 @@
+"""What may follow a canonical text, against the definition, on whole texts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mopd.demo import World
+from mopd.tokens.canonical import CanonicalNext
+from mopd.tokens.chat import ChatTokenizer
+from mopd.tokens.vocabulary import Vocabulary
+from tests.helpers.vocabularies import byte_level, metaspace
+
+
+def allowed(vocabulary: Vocabulary, ids: list[int]) -> np.ndarray:
+    """The definition, without tails."""
+    text = vocabulary.decode(ids)
+    pieces = vocabulary.token_bytes
+    found = [vocabulary.encode(text + pieces[v]) == [*ids, v] for v in range(vocabulary.size)]
+    found[vocabulary.eos_id] = True
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "texts"),
+    [
+        (byte_level(["ab", "bc", "abcd"]), ["", "a", "ab", "abab", "xabc"]),
+        (metaspace(["ab", " ab", "bc"]), ["", "ab", "ab ab", "b c"]),
+    ],
+    ids=["byte level", "metaspace"],
+)
+def test_small_vocabularies(vocabulary: Vocabulary, texts: list[str]) -> None:
+    following = CanonicalNext(vocabulary)
+    for text in texts:
+        ids = vocabulary.encode(text.encode())
+        mask = following.allowed(ids)
+        assert mask.tolist() == allowed(vocabulary, ids).tolist(), text
+        assert mask.sum() > 1 and (mask.all() == (not text))
+
+
+@pytest.mark.parametrize("text", ["", "1379", "GAPI DE", "GAPI ", "it's 'l", "a  b", "!?", "é"])
+def test_pre_tokens_cut_the_text_where_it_makes_no_difference(text: str, tiny_world: World) -> None:
+    vocabulary = ChatTokenizer.load(tiny_world.student).vocabulary
+    ids = vocabulary.encode(text.encode())
+    assert CanonicalNext(vocabulary).allowed(ids).tolist() == allowed(vocabulary, ids).tolist()
+
+
+def test_a_text_that_is_not_canonical_is_not_restricted() -> None:
+    vocabulary = byte_level(["ab"])
+    ids = [vocabulary.by_bytes[b"a"], vocabulary.by_bytes[b"b"]]
+    assert CanonicalNext(vocabulary).allowed(ids).all()
