@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mopd import __version__
 from mopd.config.load import dump_config
 from mopd.config.schema import RunConfig
+from mopd.errors import MopdError
 from mopd.study.results import Raw, Result, Status, read_run
 from mopd.study.settings import Defaults, same
 from mopd.study.spec import Job
@@ -24,6 +27,10 @@ BULKY = ("checkpoints", "journal", "tensorboard", "projections")
 POLL_S = 0.2
 GRACE_S = 60.0  # from SIGTERM to the end of the step, its checkpoint, and SIGKILL
 WALL_FACTOR = 20.0  # a run that waits for ever uses no CPU time
+
+
+class StudyError(MopdError):
+    """A study cannot work here now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +60,33 @@ def run_jobs(jobs: Sequence[Job], raw: Raw, known: Defaults, options: Options) -
     A run that was interrupted goes on from its checkpoint. One that fails does not hold up others,
     but those that start from its student cannot run. When this process is told to end, its runs
     are too, each behind a checkpoint.
+
+    Raises:
+        StudyError: another process, or a run that one left behind, works in the same directory.
     """
-    runner = _Runner(jobs, raw, known, options)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return runner.run()
-    finally:
-        runner.close()
-        signal.signal(signal.SIGTERM, previous)
+    with _alone(options.work) as lock:
+        runner = _Runner(jobs, raw, known, options, lock)
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return runner.run()
+        finally:
+            runner.close()
+            signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[int]:
+    """A lock on ``work``; runs inherit it, so that it lasts as long as the last of them."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StudyError(
+                f"{work} is in use: another `mopd study` is at work there, or a run that one left "
+                "behind when it was killed; wait for it, or end it"
+            ) from error
+        yield file.fileno()
 
 
 def _interrupt(*_: object) -> None:
@@ -68,8 +94,10 @@ def _interrupt(*_: object) -> None:
 
 
 class _Runner:
-    def __init__(self, jobs: Sequence[Job], raw: Raw, known: Defaults, options: Options) -> None:
-        self._raw, self._known, self._options = raw, known, options
+    def __init__(
+        self, jobs: Sequence[Job], raw: Raw, known: Defaults, options: Options, lock: int
+    ) -> None:
+        self._raw, self._known, self._options, self._lock = raw, known, options, lock
         self._settings = {job.name: known.settings(job.config) for job in jobs}
         for job in jobs:
             if job.after is not None:
@@ -149,6 +177,7 @@ class _Runner:
                 stdout=log,
                 stderr=log,
                 env=_environment(),
+                pass_fds=(self._lock,),
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
             )
         continued = (directory / "checkpoints").exists()

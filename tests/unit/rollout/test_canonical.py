@@ -20,22 +20,21 @@ from mopd.types import Prompt, Rollout
 
 PROMPTS = [
     Prompt(id=str(n), messages=({"role": "user", "content": f"sort {n} bo"},), domain="d")
-    for n in range(6)
+    for n in range(3)
 ]
 
 
-def sampler(world: World, tokenizer: ChatTokenizer, *, canonical: bool) -> HfSampler:
+def answers(
+    world: World, tokenizer: ChatTokenizer, *, canonical: bool, length: int = 6
+) -> list[Rollout]:
+    """Two samples of every prompt, then a greedy answer to each."""
     options = SamplingOptions(
-        seed=1, temperature=0.9, max_new_tokens=32, num_generations=2, canonical=canonical
+        seed=1, temperature=0.9, max_new_tokens=length, num_generations=2, canonical=canonical
     )
     device = torch.device("cpu")
-    return HfSampler(
+    built = HfSampler(
         world.student, tokenizer=tokenizer, device=device, options=options, batch_size=4
     )
-
-
-def answers(world: World, tokenizer: ChatTokenizer, *, canonical: bool) -> list[Rollout]:
-    built = sampler(world, tokenizer, canonical=canonical)
     model = load_causal_lm(world.student, device=torch.device("cpu"))
     built.load_weights(((n, v.detach()) for n, v in model.named_parameters()), version=0)
     return [*built.generate(PROMPTS, step=0, version=0), *built.answer(PROMPTS)]
@@ -47,7 +46,8 @@ def test_samples_are_canonical_and_evaluations_are_the_student_itself(tiny_world
     bound = answers(tiny_world, tokenizer, canonical=True)
     size = 2 * len(PROMPTS)
     assert all(is_canonical(one, tokenizer) for one in bound[:size])
-    assert not all(is_canonical(one, tokenizer) for one in free[:size])  # else nothing is shown
+    long = answers(tiny_world, tokenizer, canonical=False, length=48)[:size]
+    assert not all(is_canonical(one, tokenizer) for one in long)  # else nothing is shown
     for one, other in zip(free[size:], bound[size:], strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         assert one.logprobs.tolist() == other.logprobs.tolist()

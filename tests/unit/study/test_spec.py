@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mopd.config.load import RECIPES
+from mopd.config.load import RECIPES, load_config
 from mopd.demo.fill import WorldFill
 from mopd.errors import ConfigError
 from mopd.study.spec import Study, jobs_of, load_study
@@ -83,3 +83,9 @@ def test_a_recipe_that_cannot_run_names_its_arm(tmp_path: Path) -> None:
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no arm and no group"):
         read(tmp_path, GOOD).chosen("x*")
+
+
+def test_study_files_are_not_offered_as_recipes() -> None:
+    with pytest.raises(ConfigError, match=r"recipes: .*mopd_ctkd") as caught:
+        load_config("nothing")
+    assert "study/" not in str(caught.value)
