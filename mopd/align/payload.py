@@ -111,17 +111,7 @@ def teacher_rows(
         report["unreachable_mass"] = (float(lost.sum()), float(len(lost)))
     native = [no_native_rows()]
     if options.native_only:
-        assert options.pieces is not None
-        native.append(
-            pulled_rows(
-                scores,
-                tempered,
-                position=position,
-                row=row,
-                pieces=options.pieces,
-                decayed=options.merge == "decayed",
-            )
-        )
+        native.append(_pulled(scores, tempered, position=position, row=row, options=options))
     if options.interior is not None:
         found, covered = interior_rows(
             scores,
@@ -161,6 +151,25 @@ def teacher_rows(
             options=options.path,
             canonical_ids=canonical_ids,
         ),
+    )
+
+
+def _pulled(
+    scores: TeacherScores,
+    tempered: Tempered,
+    *,
+    position: np.ndarray,
+    row: np.ndarray,
+    options: PayloadOptions,
+) -> dict[str, np.ndarray]:
+    assert options.pieces is not None
+    return pulled_rows(
+        scores,
+        tempered,
+        position=position,
+        row=row,
+        pieces=options.pieces,
+        decayed=options.merge == "decayed",
     )
 
 

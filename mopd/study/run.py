@@ -64,7 +64,7 @@ def run_jobs(jobs: Sequence[Job], raw: Raw, known: Defaults, options: Options) -
     Raises:
         StudyError: another process, or a run that one left behind, works in the same directory.
     """
-    with _alone(options.work) as lock:
+    with alone(options.work) as lock:
         runner = _Runner(jobs, raw, known, options, lock)
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -75,7 +75,7 @@ def run_jobs(jobs: Sequence[Job], raw: Raw, known: Defaults, options: Options) -
 
 
 @contextmanager
-def _alone(work: Path) -> Iterator[int]:
+def alone(work: Path) -> Iterator[int]:
     """A lock on ``work``; runs inherit it, so that it lasts as long as the last of them."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / ".lock").open("w") as file:
