@@ -14,7 +14,7 @@ SOURCES := mopd tests $(wildcard launch)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm try-vllm try-browser train test test-fast soak study bench lint types format clean
+.PHONY: help setup setup-vllm try-vllm try-browser train test test-fast soak study bench docs lint types format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,10 @@ study: setup ## the arms and seeds of recipes/study: docs/results.md (90 minutes
 
 bench: setup ## speed, memory and error of the losses: bench.json
 	$(BIN)/python -m tests.bench $(ARGS)
+
+docs: setup ## the documentation as a site: build/docs/index.html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs build/docs
+	@echo "build/docs/index.html"
 
 lint: setup ## ruff: rules and formatting
 	$(BIN)/ruff check $(SOURCES)
