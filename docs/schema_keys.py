@@ -52,13 +52,13 @@ def _read(path: Path) -> Iterator[tuple[str, _Section]]:
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):
             continue
-        fields = tuple(_key(field, notes) for field in node.body if isinstance(field, ast.AnnAssign))
+        stated = [field for field in node.body if isinstance(field, ast.AnnAssign)]
         yield (
             node.name,
             _Section(
                 summary=(ast.get_docstring(node) or "").split("\n\n")[0],
                 bases=tuple(base.id for base in node.bases if isinstance(base, ast.Name)),
-                fields=fields,
+                fields=tuple(_key(field, notes) for field in stated),
             ),
         )
 
