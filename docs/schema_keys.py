@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ from sphinx.util.docutils import SphinxDirective
 
 CONFIG = Path(__file__).resolve().parents[1] / "mopd" / "config"
 FILES = ("schema.py", "backends.py", "cluster.py")
+NUMBERS = {  # of section.py
+    "PositiveInt": "int >= 1",
+    "NonNegativeInt": "int >= 0",
+    "PositiveFloat": "float > 0",
+    "NonNegativeFloat": "float >= 0",
+    "Probability": "float from 0 to 1",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +56,9 @@ def sections() -> dict[str, _Section]:
 def _read(path: Path) -> Iterator[tuple[str, _Section]]:
     source = path.read_text(encoding="utf-8")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    notes = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    comments = [t for t in tokens if t.type == tokenize.COMMENT]
+    beside = {t.start[0]: t.string.lstrip("# ") for t in comments}
+    alone = {t.start[0] for t in comments if t.line.lstrip().startswith("#")}
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):
             continue
@@ -58,31 +68,74 @@ def _read(path: Path) -> Iterator[tuple[str, _Section]]:
             _Section(
                 summary=(ast.get_docstring(node) or "").split("\n\n")[0],
                 bases=tuple(base.id for base in node.bases if isinstance(base, ast.Name)),
-                fields=tuple(_key(field, notes) for field in stated),
+                fields=tuple(_key(field, beside, alone) for field in stated),
             ),
         )
 
 
-def _key(field: ast.AnnAssign, notes: dict[int, str]) -> Key:
+def _key(field: ast.AnnAssign, notes: dict[int, str], alone: set[int]) -> Key:
     lines = range(field.lineno, (field.end_lineno or field.lineno) + 1)
     said = [notes[line] for line in lines if line in notes]
     above, line = [], field.lineno - 1
-    while line in notes and not said:
+    while line in alone:
         above.insert(0, notes[line])
         line -= 1
-    default = "" if field.value is None else ast.unparse(field.value)
-    if isinstance(field.value, ast.BinOp):  # as in 1 << 14
-        default = str(eval(default, {"__builtins__": {}}))
     return Key(
         name=ast.unparse(field.target),
-        type=_readable(ast.unparse(field.annotation)),
-        default=_readable(default),
-        comment=" ".join(said or above),
+        type=ast.unparse(field.annotation),
+        default="" if field.value is None else _as_yaml(ast.unparse(field.value)),
+        comment=re.sub(r"\bNone\b", "null", " ".join([*above, *said])),
     )
 
 
-def _readable(text: str) -> str:
-    return text.replace("Field(default_factory=dict)", "{}").replace("\n", " ")
+def _as_yaml(default: str) -> str:
+    """A default as a recipe would say it; what is no plain value stays as it is."""
+    try:
+        value = eval(default, {"__builtins__": {}})  # constants of our own source
+    except NameError:
+        return "{}" if default.startswith("Field(default_factory=dict") else default
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return value if isinstance(value, str) else {None: "null"}.get(value, str(value).lower())
+
+
+def _aliases() -> dict[str, str]:
+    """Names that stand for a type in the schema's files, and what a reader wants to see."""
+    found = dict(NUMBERS)
+    for file in FILES:
+        for node in ast.parse((CONFIG / file).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                text = ast.unparse(node.value)
+                if text.startswith("Literal["):
+                    found[node.targets[0].id] = text
+    return found
+
+
+def readable(annotation: str) -> str:
+    """A type as a reader of recipes wants it: choices, bounds, `null` for what may be left out."""
+    text = annotation
+    for name, stands_for in _aliases().items():
+        text = re.sub(rf"\b{name}\b", stands_for, text)
+    for _ in range(2):  # an alias of an alias
+        text = re.sub(
+            r"Literal\[([^\[\]]*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), text
+        )
+    text = re.sub(r"Annotated\[(\w+), Field\(([^()]*)\)\]", _bounded, text)
+    text = re.sub(r"Annotated\[(\w+), [^\[\]]*\]", r"\1", text)
+    text = re.sub(r"tuple\[([^\[\]]*), \.\.\.\]", r"list of \1", text)
+    text = re.sub(r"dict\[str, (\w+)\]", r"mapping to \1", text)
+    return text.replace("None", "null").replace(" | null", ", or null")
+
+
+def _choices(found: re.Match[str]) -> str:
+    return found[1].replace("'", "").replace(", ", " | ")
+
+
+def _bounded(found: re.Match[str]) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = (part.split("=") for part in found[2].split(", "))
+    known = [f"{signs[name]} {float(value):g}" for name, value in bounds if name in signs]
+    return " ".join([found[1], ", ".join(known)]).strip()
 
 
 def all_keys() -> Iterator[tuple[str, str, list[Key]]]:
@@ -121,7 +174,7 @@ class Keys(SphinxDirective):
             if keys:
                 text += ["| key | type | default | |", "|---|---|---|---|"]
                 text += [
-                    f"| `{key.name}` | `{_cell(key.type)}` | `{_cell(key.default)}` "
+                    f"| `{key.name}` | {_cell(readable(key.type))} | `{_cell(key.default)}` "
                     f"| {_cell(key.comment)} |"
                     for key in keys
                 ]
@@ -136,7 +189,7 @@ class Keys(SphinxDirective):
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|") or " "
+    return text.replace("|", "\\|").replace("<", "&lt;") or " "
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

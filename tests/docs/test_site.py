@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from pydantic_core import PydanticUndefined
+import yaml
 
 from mopd.config.schema import RunConfig
 from mopd.config.section import Section
@@ -83,12 +83,32 @@ def test_the_table_of_keys_is_the_schema() -> None:
     wanted = schema_keys()
     assert set(read) == set(wanted)
     for name, default in wanted.items():
-        if isinstance(default, bool | int | float | str) and default is not PydanticUndefined:
-            assert read[name].default in (repr(default), f"{default}", f"'{default}'"), name
+        shown = read[name].default
+        if isinstance(default, bool) or default is None:
+            assert yaml.safe_load(shown) is default, name
+        elif isinstance(default, int | float):
+            assert float(shown) == default, name
+        elif isinstance(default, str | tuple):
+            assert shown == (default if isinstance(default, str) else as_list(default)), name
     assert read["run.stall_s"].comment == "without a finished step, the run ends; 0 waits for ever"
+    assert read["student.dtype"].comment == ""  # of the line before: not its own
+    assert read["evaluate.metric"].comment.startswith("what `keep_best` and `patience` go by")
+
+
+def as_list(value: tuple[object, ...]) -> str:
+    return f"[{', '.join(map(str, value))}]"
+
+
+def test_a_type_is_told_in_plain_words() -> None:
+    pytest.importorskip("sphinx", reason="pip install 'mopd[docs]'")
+    readable = keys_module().readable
+    assert readable("PositiveInt | None") == "int >= 1, or null"
+    assert readable("Annotated[float, Field(gt=0.0, le=1.0)]") == "float > 0, <= 1"
+    assert readable("Literal['tail', 'trunc']") == "tail | trunc"
+    assert readable("LossName | None") == "ctkd | gold | uld | kl | opd, or null"
 
 
 def test_the_site_shows_the_keys(site: Path) -> None:
     shown = (site / "keys.html").read_text()
-    for word in ("tensor_model_parallel_size", "stall_s", "lambda_chunk", "max_staleness"):
+    for word in ("tensor_model_parallel_size", "stall_s", "lambda_chunk", "&lt;run&gt;/dump-&lt;step&gt;"):
         assert word in shown
