@@ -110,5 +110,10 @@ def test_a_type_is_told_in_plain_words() -> None:
 
 def test_the_site_shows_the_keys(site: Path) -> None:
     shown = (site / "keys.html").read_text()
-    for word in ("tensor_model_parallel_size", "stall_s", "lambda_chunk", "&lt;run&gt;/dump-&lt;step&gt;"):
+    for word in (
+        "tensor_model_parallel_size",
+        "stall_s",
+        "lambda_chunk",
+        "&lt;run&gt;/dump-&lt;step&gt;",
+    ):
         assert word in shown
