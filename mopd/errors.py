@@ -9,6 +9,10 @@ class ConfigError(MopdError, ValueError):
     """A recipe that cannot run: one line with the key and the remedy (exit code 2)."""
 
 
+class ArgumentError(MopdError, ValueError):
+    """A call of the library with arguments that do not fit: one line with cause and remedy."""
+
+
 class ArtifactError(MopdError, RuntimeError):
     """A file on disk (projection, journal, checkpoint, world) that is missing, stale or damaged."""
 

@@ -149,7 +149,7 @@ class DistillationHead:
         if coupled:
             measured = [term.loss.measure(source.read(b), b.rows, shard) for b in source.visit(cut)]
             token_logprob = torch.cat(measured) if measured else like.new_zeros(0)
-            joined = _couple(term.loss, token_logprob, payload)
+            joined = couple_chunks(term.loss, token_logprob, payload)
             loss, kl, extra = loss + joined.loss, kl + joined.kl, joined.extra
             token_grad = joined.token_grad
             by_domain.add_chunks(payload, joined)
@@ -166,8 +166,11 @@ class DistillationHead:
         return block_rows(device.type, self.shard.size)
 
 
-def _couple(loss: Loss, token_logprob: Tensor, payload: TeacherRows) -> Coupled:
-    """Chunk sums on every rank alike, then the slope of each token's log-probability."""
+def couple_chunks(loss: Loss, token_logprob: Tensor, payload: TeacherRows) -> Coupled:
+    """Chunk sums on every rank alike, then the slope of each token's log-probability.
+
+    ``token_logprob`` is what `Loss.measure` gives for all tokens of ``payload``.
+    """
 
     def tensor(array: np.ndarray) -> Tensor:
         if array.dtype.kind == "f":
