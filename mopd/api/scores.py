@@ -77,7 +77,7 @@ def scores_of(
         arrays = _listed(teacher, alignment, temperature=temperature)
     else:
         logits = _logits(teacher, alignment)
-        log_probs = torch.log_softmax(logits, dim=-1)
+        log_probs = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
         ids = torch.as_tensor(alignment.teacher_ids, dtype=torch.int64, device=logits.device)
         arrays = {
             "logprobs": _numpy(log_probs.gather(1, ids[:, None])[:, 0]),
