@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from yaml import MarkedYAMLError, YAMLError
 
 from mopd.config.keys import check_keys, printable
+from mopd.config.recipe_files import RECIPES
 from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SUFFIXES = (".yaml", ".yml")
 LAYERS = ("base", "cluster", "world", "world_opd", "world_vllm")  # files that recipes build on
 STUDIES = "study"  # their directory: files of `mopd study`, which are no recipes

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mopd.config.recipe_files import RECIPES
 from mopd.errors import ConfigError
 
 SUPPORTED_ARCHITECTURES = (
@@ -18,7 +19,7 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
 )
 
-CATALOGUE = Path(__file__).resolve().parents[2] / "recipes" / "models"  # config.json by model name
+CATALOGUE = RECIPES / "models"  # config.json by model name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
