@@ -106,8 +106,8 @@ class NpuDevice:
     def __init__(self) -> None:
         if importlib.util.find_spec("torch_npu") is None:
             raise ConfigError(
-                "run.device: npu needs torch_npu, which is not installed; install the torch_npu "
-                "release of this torch version, or set run.device=cpu"
+                "run.device: npu needs torch_npu, which is not installed; pip install "
+                "'mopd[npu]' (the release of this torch version), or set run.device=cpu"
             )
         if not is_available():
             raise ConfigError(

@@ -253,7 +253,7 @@ def find_python(key: str, given: str | None, environment: Mapping[str, str]) -> 
         return str(beside)
     raise ConfigError(
         f"{key}.urls: is empty, and there is no vLLM to start; run `make setup-vllm` or "
-        f"`pip install mopd[vllm]`, or name an interpreter that has it: {key}.server.python"
+        f"`pip install 'mopd[vllm]'`, or name an interpreter that has it: {key}.server.python"
     )
 
 

@@ -86,8 +86,8 @@ class LocalEngine:
             from vllm import LLM  # pyright: ignore[reportMissingImports]: not in every venv
         except ImportError as error:
             raise ConfigError(
-                "rollout.backend.mode=colocate: vllm is not installed here; install it, or use "
-                "mode=server"
+                "rollout.backend.mode=colocate: vllm is not installed here; pip install "
+                "'mopd[vllm]', or use mode=server"
             ) from error
         try:
             self._llm: Any = LLM(

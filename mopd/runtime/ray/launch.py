@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from contextlib import ExitStack
@@ -31,6 +32,11 @@ def run_on_ray(config: RunConfig, *, world: str | None) -> int:
 def _run(config: RunConfig, world: str | None) -> Ending:
     from mopd.runtime.session import clear_directory, report_finished
 
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            "launcher=ray: ray is not installed here; pip install 'mopd[ray]', or leave launcher "
+            "out and start with torchrun"
+        )
     _refuse_lost_results(config)
     directory = Path(config.run.dir) / config.run.name
     clear_directory(directory, config)
