@@ -12,7 +12,7 @@ from mopd.cli.report import add_page_options, write_page
 
 def run(words: Sequence[str]) -> int:
     """Reads the runs' files, writes the page, prints where it is."""
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     from mopd.report.compare import compare
     from mopd.report.model import build_report
     from mopd.report.page import render_comparison
@@ -26,11 +26,11 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="mopd compare",
         description="Show runs side by side; those that differ in run.seed alone are one group.",
     )
-    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="runs/<name>")
-    add_page_options(parser, default="compare.html here")
-    return parser
+    found.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="runs/<name>")
+    add_page_options(found, default="compare.html here")
+    return found

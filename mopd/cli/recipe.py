@@ -14,7 +14,7 @@ from mopd.config.load import load_config
 from mopd.config.peers import PEERS
 from mopd.config.peers.convert import Conversion, Entry, convert, guess
 from mopd.config.peers.read import read_keys
-from mopd.config.peers.table import key_table
+from mopd.config.peers.table import key_rows, key_table
 from mopd.config.peers.write import recipe_text
 from mopd.errors import ConfigError
 from mopd.metrics.text import printable, replace_file
@@ -29,15 +29,15 @@ KINDS = {
 
 def run(words: Sequence[str]) -> int:
     """0 all that matters was carried over, 1 something was not, 2 the file cannot be read."""
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     return options.run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="mopd recipe", description="Recipes from configurations of other trainers."
     )
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = found.add_subparsers(dest="verb", metavar="VERB", required=True)
     source = verbs.add_parser("import", help="write a recipe that trains what FILE says")
     source.add_argument("file", type=Path, metavar="FILE", help="YAML, JSON, or a shell script")
     source.add_argument("--from", dest="peer", choices=tuple(PEERS), help="else told by the keys")
@@ -52,12 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     source.set_defaults(run=_import)
     keys = verbs.add_parser("keys", help="print a trainer's keys beside those of a recipe")
     keys.add_argument("--from", dest="peer", choices=tuple(PEERS), required=True)
+    keys.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     keys.set_defaults(run=_keys)
-    return parser
+    return found
 
 
 def _keys(options: argparse.Namespace) -> int:
-    print(key_table(PEERS[options.peer]), end="")
+    peer = PEERS[options.peer]
+    print(json.dumps(key_rows(peer), indent=2) if options.json else key_table(peer), end="")
     return 0
 
 

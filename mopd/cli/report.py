@@ -16,7 +16,7 @@ from mopd.metrics.text import json_safe, printable, replace_file
 
 def run(words: Sequence[str]) -> int:
     """Reads the run's files, writes the page, prints where it is."""
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     from mopd.report.model import build_report
     from mopd.report.page import render_report
     from mopd.report.read import read_run
@@ -58,10 +58,10 @@ def add_page_options(parser: argparse.ArgumentParser, *, default: str) -> None:
     parser.add_argument("--json", action="store_true", help="print the numbers of its head as JSON")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="mopd report", description="Show a run as one HTML page that needs no network."
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="its directory: runs/<name>")
-    add_page_options(parser, default="report.html in the run's directory")
-    return parser
+    found.add_argument("run_dir", type=Path, metavar="RUN", help="its directory: runs/<name>")
+    add_page_options(found, default="report.html in the run's directory")
+    return found

@@ -15,7 +15,7 @@ from mopd.metrics.text import printable
 
 def run(words: Sequence[str]) -> int:
     """Run what is missing, then write the tables. 0 all done, 1 a run failed, 2 wrong file."""
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     if options.jobs < 1:
         raise ConfigError(f"--jobs: {options.jobs} runs at a time; give 1 or more")
 
@@ -62,24 +62,24 @@ def run(words: Sequence[str]) -> int:
     return 1 if bad else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         prog="mopd study", description="Run many recipes and seeds, and put them side by side."
     )
-    parser.add_argument("file", type=Path, help="a study file, as recipes/study/main.yaml")
-    parser.add_argument(
+    found.add_argument("file", type=Path, help="a study file, as recipes/study/main.yaml")
+    found.add_argument(
         "--output", type=Path, help="for raw.jsonl, tables and plots (default: beside the runs)"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
-    parser.add_argument("--only", default="*", help="arms or groups that match this pattern")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
-    parser.add_argument(
+    found.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
+    found.add_argument("--only", default="*", help="arms or groups that match this pattern")
+    found.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
+    found.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override of every arm"
     )
-    parser.add_argument(
+    found.add_argument(
         "--document", type=Path, help="a Markdown file whose marked tables are written anew"
     )
-    parser.add_argument("--tables", action="store_true", help="run nothing, write tables and plots")
-    parser.add_argument("--keep", action="store_true", help="keep checkpoints and journals")
-    parser.add_argument("--json", action="store_true", help="print raw results as JSON")
-    return parser
+    found.add_argument("--tables", action="store_true", help="run nothing, write tables and plots")
+    found.add_argument("--keep", action="store_true", help="keep checkpoints and journals")
+    found.add_argument("--json", action="store_true", help="print raw results as JSON")
+    return found

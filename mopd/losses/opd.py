@@ -183,7 +183,8 @@ def discounted(advantage: Tensor, run: Tensor, discount: float) -> Tensor:
 
 
 def position_weights(advantage: Tensor, run: Tensor, gamma: float) -> Tensor:
-    """1 + gamma (1 - sum_{j < k} abs(A_j) / sum_j abs(A_j)) [C]: early tokens count more (2606.22600).
+    """1 + gamma (1 - sum_{j < k} abs(A_j) / sum_j abs(A_j)) [C]: early tokens count more
+    (2606.22600).
 
     What follows after the student has drifted from the teacher says less about the student.
     """

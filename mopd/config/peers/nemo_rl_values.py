@@ -72,7 +72,7 @@ def kind(value: Any, source: Source) -> str:
 
 def partition_kind(value: Any, source: Source) -> str:
     kinds = {"kl": "forward_kl", "jsd": "jsd"}
-    if value not in kinds:
+    if not isinstance(value, str) or value not in kinds:
         raise ValueError(f"{text(value)} has no counterpart; kl and jsd have one")
     return kinds[value]
 
@@ -101,7 +101,7 @@ def columns(value: Any, source: Source) -> int | None:
 
 def scored(value: Any, source: Source) -> str:
     scores = {"ce": "nll", "entropy": "entropy", "max_prob": "confidence"}
-    if value not in scores:
+    if not isinstance(value, str) or value not in scores:
         raise ValueError(f"{text(value)} is not known; ce, entropy and max_prob are")
     return scores[value]
 

@@ -20,7 +20,7 @@ from mopd.config.pools import backends_of
 from mopd.runtime.memory import estimate, read_shapes, too_large
 from mopd.runtime.placement import Plan, place
 
-DOCS = RECIPES.parent / "docs" / "recipes.md"
+DOCS = RECIPES.parent / "docs" / "scaling.md"
 KINDS = {"gpu": "cuda", "npu": "npu"}
 
 
