@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from typing import Any
+
+import yaml
 
 from mopd.config.keys import printable
 from mopd.config.peers.convert import Conversion, Write, nested
@@ -60,13 +63,17 @@ def _comment(note: str, indent: str) -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    """JSON, which is YAML; plain words without quotes. What OmegaConf would look up is escaped."""
+    """Plain words without quotes, other text in double ones, with what OmegaConf would look up
+    escaped; numbers as in JSON."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(_scalar(item) for item in value)}]"
     if isinstance(value, str) and WORD.fullmatch(value) and value.lower() not in NO_WORDS:
         return value
-    return json.dumps(_escaped(value))
+    if isinstance(value, str):
+        # not JSON's escapes: YAML has no surrogates
+        return yaml.safe_dump(_escaped(value), default_style='"', width=sys.maxsize).rstrip("\n")
+    return json.dumps(value)
 
 
-def _escaped(value: Any) -> Any:
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+def _escaped(text: str) -> str:
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

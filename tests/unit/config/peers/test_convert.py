@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,13 @@ def test_what_is_written_loads_as_what_was_converted(
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"
     path.write_text(recipe_text(made, origin="x\n# y"), encoding="utf-8")
     assert load_config(path) == RunConfig.model_validate(made.recipe())
+
+
+@pytest.mark.parametrize("text", ["\U000d3f52c_", "a\x85b\x7f", '"', "\\ud83d", "${x}", " a\n"])
+def test_any_text_comes_back_as_it_was(text: str, tmp_path: Path) -> None:
+    made = convert(PEERS["ms-swift"], {"teacher_model": text})
+    (tmp_path / "r.yaml").write_text(recipe_text(made, origin="x"), encoding="utf-8")
+    assert load_config(tmp_path / "r.yaml") == RunConfig.model_validate(made.recipe())
 
 
 def entry(made: Conversion, key: str) -> Any:
