@@ -68,7 +68,8 @@ def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
 
 
 def find_latest(directory: Path) -> Path | None:
-    """What `latest` names, or the newest before it where a crash came in between; None at first.
+    """What `latest` names, or the newest before it where a crash came in between; None where there
+    is none yet.
 
     Raises ArtifactError if `latest` points nowhere.
     """
@@ -83,6 +84,8 @@ def find_latest(directory: Path) -> Path | None:
         reachable = [step for step in steps if step <= int(named[1])]
         if reachable:
             return steps[max(reachable)]
+        if not steps and (directory / f"{name}.part").is_dir():
+            return None  # a crash in between, at the first checkpoint
     raise ArtifactError(
         f"{pointer} names {name!r}, and there is no checkpoint of that step or before; write the "
         f"name of another checkpoint into it, or delete it to start afresh"

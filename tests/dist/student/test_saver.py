@@ -21,6 +21,7 @@ import torch
 from mopd import fault_points
 from mopd.errors import ArtifactError
 from mopd.storage.manifest import problem
+from mopd.storage import manifest
 from mopd.student import checkpoint
 from mopd.student.checkpoint import Saver, find_latest, list_checkpoints, verify
 from mopd.student.save_job import SaveJob
@@ -361,3 +362,26 @@ def test_damage_is_seen(intact: Path, tmp_path: Path, damage: str) -> None:
         verify(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert checkpoint.newest_intact(path.parent, before=20) == path.with_name("step-000010")
+
+
+@pytest.mark.parametrize(
+    "point", ["save.part.created", "save.manifest.written", "save.part.synced"]
+)
+def test_a_kill_before_the_first_name_is_a_start(point: str, tmp_path: Path) -> None:
+    assert first_save_killed(tmp_path, point) is None
+
+
+def test_a_kill_between_the_first_name_and_its_directory_is_a_start(tmp_path: Path) -> None:
+    assert first_save_killed(tmp_path, "save.latest.written") is None
+    assert (tmp_path / "latest").read_text() == "step-000002"
+
+
+def first_save_killed(directory: Path, point: str) -> Path | None:
+    def save() -> int:
+        fault_points.install(fault_points.killer(point))
+        manifest.prepare(directory / "step-000002.part")
+        manifest.publish(directory / "step-000002.part", header={"step": 2}, files={})
+        return 0
+
+    assert os.WIFSIGNALED(in_a_child(save))
+    return find_latest(directory)
