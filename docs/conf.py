@@ -23,6 +23,7 @@ extensions = [
 ]
 myst_heading_anchors = 4
 default_role = "code"
+exclude_patterns = ["results/*.md", "examples/*.md"]
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"

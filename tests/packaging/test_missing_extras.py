@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # what a distribution is imported as, where that is another name
 MODULES = {"megatron-core": {"megatron"}, "pyyaml": {"yaml"}, "datasets": {"datasets", "pyarrow"}}
 # torch and transformers bring these
-BROUGHT = {"jinja2", "packaging"}
+BROUGHT = {"jinja2", "markupsafe", "packaging"}
 # looked for, and done without
 OPTIONAL = {"mindspeed"}
 
