@@ -13,7 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from mopd.align.slots import NO_STOP, Entries, concatenate
+from mopd.tokens.vocabulary import Vocabulary
 from mopd.types import FibreTrie, ragged_arange
+
+
+def own_next(
+    vocabulary: Vocabulary, response: bytes, byte_ends: np.ndarray, *, ended: bool
+) -> np.ndarray:
+    """`canonical_next` of the tokens that end at ``byte_ends`` [S] of ``response``."""
+    own = np.asarray(vocabulary.encode(response), dtype=np.int64)
+    return canonical_next(byte_ends, own, vocabulary.byte_ends(own), ended=ended)
 
 
 def canonical_next(

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import numpy as np
 from torch import Tensor
 
+from mopd.align.canonical import own_next
 from mopd.align.payload import teacher_rows
 from mopd.api.aligned import AlignedText
 from mopd.api.options import (
@@ -183,22 +184,31 @@ def _text_loss(
         student=alignment.student.vocabulary,
         teachers={TEACHER: alignment.teacher.vocabulary},
     )
+    payload = payload_options(
+        config,
+        found[TEACHER],
+        student=alignment.student.vocabulary,
+        teacher=alignment.teacher.vocabulary,
+    )
     rows = teacher_rows(
         scores_of(teacher, alignment, temperature=config.distillation.temperature),
         alignment.found.alignment,
         student_ids=alignment.student_ids,
         trainable=alignment.found.trainable(call.mask()),
-        options=payload_options(
-            config,
-            found[TEACHER],
-            student=alignment.student.vocabulary,
-            teacher=alignment.teacher.vocabulary,
-        ),
+        options=payload,
+        canonical_ids=_own_next(alignment) if payload.path and payload.path.canonical else None,
         sampling_logprobs=None if sampled is None else sampled[0],
     )
     logits = call.student_logits
     terms = teacher_terms(config, found, start=0, end=logits.shape[1], device=logits.device)
     return evaluate(call, rows, terms[TEACHER], config.distillation.normalization)
+
+
+def _own_next(alignment: AlignedText) -> np.ndarray:
+    """[S] the student's own next tokens, for ``canonical_paths``."""
+    vocabulary, ids = alignment.student.vocabulary, alignment.student_ids
+    ended = len(ids) > 0 and int(ids[-1]) == vocabulary.eos_id
+    return own_next(vocabulary, vocabulary.decode(ids), vocabulary.byte_ends(ids), ended=ended)
 
 
 def _check_keywords(projection: TokenProjection, keywords: Mapping[str, Any]) -> None:

@@ -66,6 +66,7 @@ class CtkdOptions(SharedOptions, total=False):
     divergence: DivergenceOptions
     unreachable: Literal["fold", "rest", "renorm"]
     path_terms: bool
+    canonical_paths: bool
     interior_rows: bool
     lambda_chunk: float
     hkl: HybridOptions

@@ -10,7 +10,7 @@ import numpy as np
 
 from mopd.align.batch import Sample
 from mopd.align.boundaries import align_positions, chunk_counts
-from mopd.align.canonical import canonical_next
+from mopd.align.canonical import own_next
 from mopd.align.payload import PayloadOptions, column_peaks, shared_columns, teacher_rows
 from mopd.align.positions import canonical_prefix
 from mopd.align.select import byte_scores, select
@@ -158,10 +158,8 @@ class Aligner:
         """[S] the student's own next tokens, where the path terms of a teacher ask for them."""
         if not any(one.path is not None and one.path.canonical for one in payload.values()):
             return None
-        vocabulary = self._student.vocabulary
-        own = np.asarray(vocabulary.encode(rollout.response), dtype=np.int64)
         ended = rollout.finish_reason == "stop"
-        return canonical_next(rollout.byte_ends, own, vocabulary.byte_ends(own), ended=ended)
+        return own_next(self._student.vocabulary, rollout.response, rollout.byte_ends, ended=ended)
 
     def _count(self, rollout: Rollout, name: str, found: TextAlignment, tally: Tally) -> None:
         covered = found.covered

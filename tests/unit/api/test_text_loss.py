@@ -40,6 +40,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ctkd", {}, {}),
     ("ctkd", {"lambda_chunk": 1.0, "divergence": {"kind": "jsd"}}, {"temperature": 2.0}),
     ("ctkd", {"map": "exact", "interior_rows": True}, {"normalization": "token"}),
+    ("ctkd", {"canonical_paths": True}, {}),
     ("ctkd", {"loss_type": "hkl"}, {}),
     ("ctkd", {"direction": "pull", "gamma": 0.5, "path_terms": False}, {}),
     ("gold", {}, {"temperature": 1.5, "scale_by_t2": False}),
