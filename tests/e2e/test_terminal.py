@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_an_interrupted_panel_leaves_the_terminal_in_order(
         assert terminal.wait(timeout=60.0) == 130
         assert terminal.is_restored
     assert "╭─ shown ─" in terminal.text
-    assert " a step 0" in terminal.text
+    assert re.search(r" a step \d", terminal.text)
     assert "measuring the student and its teachers on the held-out prompts" in terminal.text
     end = terminal.text.rstrip().splitlines()
     assert end[-1] == "interrupted: the same command continues from the last checkpoint"
