@@ -44,6 +44,7 @@ VARIABLES = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "a number, of Megatron's",
     "PYTHONPATH": "folders, of Python's",
     "RAY_ADDRESS": "an address, of Ray's",
+    "COMP_LINE": "what was typed, of argcomplete",
     "RAY_USAGE_STATS_ENABLED": "set for Ray, which reads it",
 }
 
