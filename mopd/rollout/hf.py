@@ -43,7 +43,9 @@ class HfSampler:
         self._tokenizer = tokenizer
         self._options = options
         self._batch_size = batch_size
-        self._canonical = CanonicalNext(tokenizer.vocabulary) if options.canonical else None
+        self._canonical = None
+        if options.canonical:
+            self._canonical = CanonicalNext(tokenizer.vocabulary, stop_ids=options.stop_token_ids)
         self.version = -1
 
     @torch.no_grad()

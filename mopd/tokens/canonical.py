@@ -8,7 +8,7 @@ import numpy as np
 
 from mopd.tokens.vocabulary import Vocabulary
 
-MAX_REMEMBERED = 1 << 16  # masks; then all are forgotten
+MAX_REMEMBERED_BYTES = 1 << 28  # of masks; then all are forgotten
 
 
 class CanonicalNext:
@@ -17,22 +17,35 @@ class CanonicalNext:
     A new tail of the text, from its last pre-token boundary on, costs one encoding of the whole
     vocabulary; the answer is remembered. Without pre-tokens (SentencePiece on whole texts) every
     text is its own tail.
+
+    Args:
+        stop_ids: other tokens than the end of the turn that end an answer.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, stop_ids: Sequence[int] = ()) -> None:
         self._vocabulary = vocabulary
+        self._ends = [vocabulary.eos_id, *stop_ids]
+        self._all = np.ones(vocabulary.size, dtype=bool)
         self._found: dict[tuple[int, ...], np.ndarray] = {}
+
+    @property
+    def remembered_bytes(self) -> int:
+        return len(self._found) * self._all.nbytes
 
     def allowed(self, ids: Sequence[int]) -> np.ndarray:
         """[V] bool: tokens v for which ``ids`` and v are the encoding of the bytes they spell.
 
-        The end of the turn always is one. All are where ``ids`` is not canonical itself.
+        What ends an answer always is one. All are where ``ids`` is not canonical itself.
         """
         tail = tuple(ids[self._tail_begin(ids) :])
-        if tail not in self._found:
-            if len(self._found) >= MAX_REMEMBERED:
-                self._found.clear()
-            self._found[tail] = self._masked(tail)
+        if tail in self._found:
+            return self._found[tail]
+        text = self._vocabulary.decode(tail)
+        if list(tail) != self._vocabulary.encode(text):
+            return self._all  # not remembered: rows that have ended come with ever longer tails
+        if self.remembered_bytes + self._all.nbytes > MAX_REMEMBERED_BYTES:
+            self._found.clear()
+        self._found[tail] = self._masked(tail, text)
         return self._found[tail]
 
     def _tail_begin(self, ids: Sequence[int]) -> int:
@@ -45,15 +58,11 @@ class CanonicalNext:
             begin -= 1
         return begin
 
-    def _masked(self, tail: tuple[int, ...]) -> np.ndarray:
+    def _masked(self, tail: tuple[int, ...], text: bytes) -> np.ndarray:
         vocabulary = self._vocabulary
-        text = vocabulary.decode(tail)
-        size = vocabulary.size
-        if list(tail) != vocabulary.encode(text):
-            return np.ones(size, dtype=bool)
         encoded = vocabulary.encode_many([text + piece for piece in vocabulary.token_bytes])
         mask = np.array([ids == [*tail, v] for v, ids in enumerate(encoded)], dtype=bool)
-        mask[vocabulary.eos_id] = True
+        mask[self._ends] = True
         return mask
 
 

@@ -68,6 +68,32 @@ def test_recorded_logprobs_are_those_of_the_restricted_policy(tiny_world: World)
             assert one.logprobs[t] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_stop_token_ends_a_restricted_answer_too(tiny_world: World) -> None:
+    """One that no canonical answer begins with."""
+    tokenizer = ChatTokenizer.load(tiny_world.student)
+    mask = CanonicalNext(tokenizer.vocabulary).allowed([])
+    stop = int(np.flatnonzero(~mask)[0])
+    model = load_causal_lm(tiny_world.student, device=torch.device("cpu"))
+    options = SamplingOptions(
+        seed=1,
+        temperature=1e9,  # every token that may follow is equally likely
+        max_new_tokens=1,
+        num_generations=1 << 11,
+        stop_token_ids=(stop,),
+        canonical=True,
+    )
+    built = HfSampler(
+        tiny_world.student,
+        tokenizer=tokenizer,
+        device=torch.device("cpu"),
+        options=options,
+        batch_size=1 << 11,
+    )
+    built.load_weights(((n, v.detach()) for n, v in model.named_parameters()), version=0)
+    found = built.generate(PROMPTS[:1], step=0, version=0)
+    assert any(one.finish_reason == "cut" for one in found)
+
+
 @pytest.mark.parametrize("kind", ["vllm", "dataset"])
 def test_other_samplers_are_refused(kind: str) -> None:
     words = ["rollout.segmentation=canonical", f"rollout.backend.type={kind}"]
