@@ -108,6 +108,7 @@ class Gatherer:
         troubles: dict[str, int] = {}
         latencies: dict[str, list[float]] = {}
         if replies is None:
+            self._pool.latencies()  # of evaluations, which are not this step's
             with self._spans("teachers"):
                 found = self._pool.score(asked)
             # nothing to compare where all teachers are asked elsewhere (`mopd.runtime.inside`)

@@ -87,6 +87,9 @@ class TeacherPool:
             if not (isinstance(teacher, Collective) and teacher.collective)
             and (index := [i for i, r in enumerate(rollouts) if name in r.prompt.teachers])
         ]
+        for call in calls:
+            if isinstance(call.teacher, Timed):
+                call.teacher.drain_latencies()  # of what else it was asked
         try:
             _ask(calls, rollouts)
         except BaseException:

@@ -207,3 +207,21 @@ def test_latencies_are_of_requests_or_of_the_call(chat: ChatTokenizer) -> None:
     assert found["a"] == [0.25, 0.75, 0.25, 0.75]
     assert len(found["b"]) == 1 and 0.02 <= found["b"][0] < 60
     assert pool.latencies() == {}
+
+
+class Busy(Here):
+    """Asked for other things than scores as well, as for answers."""
+
+    def __init__(self, chat: ChatTokenizer) -> None:
+        self.took = [9.0]
+        super().__init__("a", chat, lambda: self.took.append(0.5))
+
+    def drain_latencies(self) -> list[float]:
+        found, self.took = self.took, []
+        return found
+
+
+def test_requests_before_the_scores_are_no_latencies_of_them(chat: ChatTokenizer) -> None:
+    pool = TeacherPool({"a": Busy(chat)})
+    pool.score(rollouts(chat, "a"))
+    assert pool.latencies() == {"a": [0.5]}
