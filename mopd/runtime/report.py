@@ -45,7 +45,7 @@ def log_step(
     if run.feed is None:
         return
     if batch.step == 0:
-        line |= {f"{FIRST_KL}/{name}": value for name, value in first_kl(run, line).items()}
+        line |= {f"{FIRST_KL}/{name}": value for name, value in first_kl(run, line, batch).items()}
         _warn_of_distance(run, sink, line)
     # every lead knows its own rollouts; the line shows all of them
     told = gather_leads(run.topology, (means(batch.metrics), run.feed.samples))
@@ -115,13 +115,13 @@ def loss_values(metrics: Mapping[str, float], batch: StepBatch) -> dict[str, flo
     return found
 
 
-def first_kl(run: Run, line: Mapping[str, float]) -> dict[str, float]:
-    """Of every teacher whose loss has one, in nats: the divergence of the first step, of a policy
-    gradient the mean over chunks without weights."""
+def first_kl(run: Run, line: Mapping[str, float], batch: StepBatch) -> dict[str, float]:
+    """Of every teacher that judged something and whose loss has one, in nats: the divergence of
+    the first step, of a policy gradient the mean over chunks without weights."""
     found = {
         name: line.get(f"distance/{name}", line.get(f"kl/{name}"))
         for name, pair in run.pairs.items()
-        if pair.loss != "uld"
+        if pair.loss != "uld" and batch.denominators.get(name, 0.0) > 0
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from mopd.losses.observe import COUNT, SUM
-from mopd.runtime.report import loss_values, quantiles, warnings_of
+from mopd.runtime.report import first_kl, loss_values, quantiles, warnings_of
 from mopd.types import StepBatch
 
 QUIET = {"masked": 0.05, "scored/sort": 0.9, "rescored/nats": 0.1, "rescored/other_tokens": 0.0}
@@ -76,3 +79,12 @@ def test_quantiles_are_those_of_all_replicas_together() -> None:
         ]
     )
     assert found == {"response_length_p95": pytest.approx(80.8), "latency_p50/a": 3.0}
+
+
+def test_a_teacher_without_an_answer_in_the_first_step_has_no_distance() -> None:
+    batch = StepBatch(
+        step=0, micro_batches=(), denominators={"a": 4.0, "b": 0.0}, num_tokens=9, metrics={}
+    )
+    run: Any = SimpleNamespace(pairs={name: SimpleNamespace(loss="kl") for name in "ab"})
+    line = loss_values({"kl/a": 2.0, "kl/b": 0.0}, batch)
+    assert first_kl(run, line, batch) == {"a": 0.5}
