@@ -109,7 +109,7 @@ def train(run: Run, sink: Sink) -> Summary:
             run.feed.settle(step, skipped=result.skipped)
         _rebalance(run, state, batch, result)
         if step == 0:
-            state.first_kl = first_kl(run, loss_values(result.metrics, batch), batch)
+            state.first_kl = first_kl(run, loss_values(result.metrics, batch))
         with run.spans("sync"):
             _await_samples(run, step + 1)
             distance = _push(run, step + 1, text)

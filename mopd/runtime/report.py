@@ -45,7 +45,7 @@ def log_step(
     if run.feed is None:
         return
     if batch.step == 0:
-        line |= {f"{FIRST_KL}/{name}": value for name, value in first_kl(run, line, batch).items()}
+        line |= {f"{FIRST_KL}/{name}": value for name, value in first_kl(run, line).items()}
         _warn_of_distance(run, sink, line)
     # every lead knows its own rollouts; the line shows all of them
     told = gather_leads(run.topology, (means(batch.metrics), run.feed.samples))
@@ -101,7 +101,10 @@ def _warn_of_distance(run: Run, sink: Sink, line: Mapping[str, float]) -> None:
 
 def loss_values(metrics: Mapping[str, float], batch: StepBatch) -> dict[str, float]:
     """What the losses tell of a step, from the sums over all replicas (`StepResult.metrics`):
-    loss/<teacher>, kl/<teacher>, kl_domain/<domain>, topk_overlap/<teacher>, ..."""
+    loss/<teacher>, kl/<teacher>, kl_domain/<domain>, topk_overlap/<teacher>, ...
+
+    A teacher that judged nothing in the step has no loss and no divergence, rather than 0.
+    """
     found = {}
     for name, value in metrics.items():
         if name.startswith("moe/"):
@@ -111,17 +114,19 @@ def loss_values(metrics: Mapping[str, float], batch: StepBatch) -> dict[str, flo
             if count := metrics[COUNT + key]:
                 found[key] = value / count
         elif not name.startswith((f"{CHUNKS}/", COUNT)):
-            found[name], _ = mean_of(name, metrics, batch)
+            mean, count = mean_of(name, metrics, batch)
+            if count > 0:
+                found[name] = mean
     return found
 
 
-def first_kl(run: Run, line: Mapping[str, float], batch: StepBatch) -> dict[str, float]:
+def first_kl(run: Run, line: Mapping[str, float]) -> dict[str, float]:
     """Of every teacher that judged something and whose loss has one, in nats: the divergence of
     the first step, of a policy gradient the mean over chunks without weights."""
     found = {
         name: line.get(f"distance/{name}", line.get(f"kl/{name}"))
         for name, pair in run.pairs.items()
-        if pair.loss != "uld" and batch.denominators.get(name, 0.0) > 0
+        if pair.loss != "uld"
     }
     return {name: value for name, value in found.items() if value is not None}
 
