@@ -108,7 +108,7 @@ class Aligner:
         payload: Mapping[str, PayloadOptions],
         tally: Tally,
     ) -> Sample:
-        trained = self._trained(rollout)
+        trained = self.trained(rollout)
         canonical = self._canonical(rollout, payload)
         rows: dict[str, TeacherRows] = {}
         said: dict[str, np.ndarray] = {}
@@ -142,8 +142,8 @@ class Aligner:
             tally.add(f"token_share/{name}", judged, len(rollout.token_ids))
         return Sample(rollout=rollout, rows=rows, trained=trained)
 
-    def _trained(self, rollout: Rollout) -> np.ndarray:
-        """[S] bool."""
+    def trained(self, rollout: Rollout) -> np.ndarray:
+        """[S] bool: tokens that may be trained on, whoever judges them."""
         if not self._options.canonical_prefix:
             return rollout.loss_mask
         own = self._student.vocabulary.encode(rollout.response)

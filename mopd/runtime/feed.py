@@ -118,7 +118,7 @@ class Feed:
         samples = self._aligner.samples(gathered.rollouts, gathered.scores, tally)
         self._count(gathered, samples, tally)
         if self.books.samples is not None:
-            self.books.samples.log(gathered, self._aligner.alignment)
+            self.books.samples.log(gathered, self._aligner.alignment, trained=self._aligner.trained)
         batch, totals = collate(
             gathered.step,
             samples,

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mopd.align.boundaries import CHUNK_TYPES, chunk_sizes
+from mopd.align.payload import kept_chunks
 from mopd.align.tokens import TextAlignment
 from mopd.metrics.sinks import JsonlSink
 from mopd.runtime.gather import Gathered
@@ -33,6 +34,11 @@ MASKED = "masked"
 
 Token = str | dict[str, str]
 Align = Callable[[Rollout, TeacherScores], TextAlignment]
+Trained = Callable[[Rollout], np.ndarray]
+
+
+def _loss_mask(rollout: Rollout) -> np.ndarray:
+    return rollout.loss_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +70,14 @@ class SampleLog:
         self._options = options
         self._sink: JsonlSink | None = None
 
-    def log(self, gathered: Gathered, align: Align) -> None:
-        """Keeps some of a step's answers; only reads them."""
+    def log(self, gathered: Gathered, align: Align, *, trained: Trained = _loss_mask) -> None:
+        """Keeps some of a step's answers; only reads them. ``trained`` [S] bool is which tokens of
+        an answer may be trained on."""
         if not self._options.is_due(gathered.step):
             return
         for i in chosen(gathered.rollouts, self._options.per_domain):
             rollout, scores = gathered.rollouts[i], gathered.scores[i]
+            rollout = replace(rollout, loss_mask=trained(rollout))
             record = self._record(rollout, scores, align)
             self._opened().log(gathered.step, record)
 
@@ -148,7 +156,7 @@ def chunks_of(
     behind the last shared boundary is a ``masked`` chunk, as is one that is not trained on.
     """
     known = np.where(scores.valid, scores.logprobs, np.nan)
-    kinds = _kinds(found, rollout.loss_mask)
+    kinds = _kinds(found, scores, rollout.loss_mask)
     ours, theirs = found.alignment.student_starts, found.alignment.teacher_starts
     spans = list(zip(ours[:-1], ours[1:], theirs[:-1], theirs[1:], kinds, strict=True))
     spans.insert(0, (0, ours[0], 0, theirs[0], MASKED))
@@ -186,12 +194,10 @@ def _spelled(tokenizer: ChatTokenizer, index: int) -> Token:
         return {"hex": data.hex()}
 
 
-def _kinds(found: TextAlignment, loss_mask: np.ndarray) -> list[str]:
+def _kinds(found: TextAlignment, scores: TeacherScores, loss_mask: np.ndarray) -> list[str]:
     sizes = chunk_sizes(found.alignment)
     number = 2 * (sizes[:, 0] > 1) + (sizes[:, 1] > 1)
-    first = found.alignment.student_starts[:-1]
-    # as in the loss: a chunk is trained where its first student token is
-    used = found.kept & loss_mask[first] if len(first) else found.kept
+    used = kept_chunks(scores, found.alignment, found.trainable(loss_mask))  # as in the loss
     return [
         CHUNK_TYPES[kind] if is_used else MASKED
         for kind, is_used in zip(number.tolist(), used.tolist(), strict=True)

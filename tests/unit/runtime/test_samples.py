@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mopd.align.payload import kept_chunks
 from mopd.align.tokens import TokenText, align_tokens
 from mopd.demo import World
 from mopd.runtime import samples as module
@@ -221,3 +223,41 @@ def test_answers_without_a_judge_are_kept(
     (record,) = written(tmp_path / "samples.jsonl")
     assert record["trained"] is False and record["correct"] is None and record["teachers"] == {}
     assert record["answer"] == "\\xff1"
+
+
+def byte_by_byte(student: ChatTokenizer, data: bytes) -> Rollout:
+    ids = [student.vocabulary.by_bytes[bytes([byte])] for byte in data]
+    token_ids = np.array([*ids, student.eos_id], dtype=np.int32)
+    return replace(
+        rollout(student, data),
+        token_ids=token_ids,
+        loss_mask=np.ones(len(token_ids), dtype=bool),
+        logprobs=np.linspace(-1.0, -2.0, len(token_ids), dtype=np.float32),
+        byte_ends=student.vocabulary.byte_ends(token_ids),
+    )
+
+
+def test_a_chunk_that_the_loss_drops_is_masked(
+    pair: tuple[ChatTokenizer, ChatTokenizer], tmp_path: Path
+) -> None:
+    """One untrained token or one missing row is enough, and so is what the aligner leaves out."""
+    whole = [piece for piece in pair[1].vocabulary.by_bytes if piece.isalnum() and len(piece) > 1]
+    answer, said = byte_by_byte(pair[0], whole[0]), scores(pair[1], whole[0])
+    every = chunks(pair, answer, said)
+    dropped = [c for c in every if c["student"][1] - c["student"][0] > 1]
+    assert dropped, "the text needs a chunk of two student tokens"
+    answer.loss_mask[dropped[0]["student"][1] - 1] = False
+    said.valid[every[-1]["teacher"][0]] = False
+    kept = kept_chunks(said, aligned(pair, answer, said).alignment, answer.loss_mask)
+    assert kept.sum() == len(every) - 2
+    found = chunks(pair, answer, said)
+    assert [c["kind"] != "masked" for c in found] == kept.tolist()
+    with closing(log(tmp_path / "samples.jsonl", pair)) as own:
+        own.log(
+            Gathered(step=0, rollouts=[answer], scores=[{"t": said}]),
+            lambda one, its: aligned(pair, one, its),
+            trained=lambda one: np.zeros(len(one.token_ids), dtype=bool),
+        )
+    (record,) = written(tmp_path / "samples.jsonl")
+    assert not record["trained"]
+    assert {c["kind"] for c in record["teachers"]["t"]["chunks"]} == {"masked"}
