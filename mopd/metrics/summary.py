@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mopd.metrics.text import json_safe, printable, replace_file
-
-CANONICAL_LOSS = 0.15  # a fall of the canonical share that is worth a warning
+from mopd.metrics.thresholds import CANONICAL_LOSS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

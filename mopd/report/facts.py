@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mopd.metrics.phases import PHASES, PREFIX
 from mopd.metrics.summary import chunk_shares
 from mopd.report.read import RunData, section
 from mopd.report.series import Series, binned_means, rounded
@@ -16,7 +17,8 @@ BARS = 60  # of the picture of a step's time
 CHUNK_KINDS = ("1-1", "1-n", "n-1", "n-m", "unaligned")
 # What the lead waits for, and what else it does in a step; the rest of the step has no name.
 GATHERED = ("rollout", "teachers", "journal")
-REST, WAIT = "rest", "wait"
+REST, WAIT = "other", "wait"
+BETWEEN = ("save", "evaluate")  # beside a step, in the line of the one behind
 ORDER = ("rollout", "teachers", "inside", "journal", WAIT, "align", "train", "sync")
 
 
@@ -43,8 +45,8 @@ class Headroom:
 class StepTime:
     """Mean seconds of each phase over parts of the run, and over the whole of it.
 
-    ``phases`` add up to a step and the evaluations before it; ``beside`` are done by another thread
-    meanwhile (rollout.max_staleness > 0).
+    ``phases`` add up to a step, the save and the evaluation before it; ``beside`` are done by
+    another thread meanwhile (rollout.max_staleness > 0).
     """
 
     steps: list[int]  # where each part begins
@@ -65,7 +67,8 @@ class TeacherHealth:
     weight: float
     scored: float | None  # of the tokens it was asked for, in the last tenth of the run
     scored_least: float | None
-    latency: float | None
+    latency: float | None  # seconds of a request, lately: the median
+    latency_p95: float | None  # and the 95th percentile
     troubles: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -137,6 +140,35 @@ def step_time(run: RunData, series: Mapping[str, Series]) -> StepTime | None:
     if "time/step" not in series:
         return None
     steps = series["time/step"].steps
+    ahead = int(section(run.config, "rollout").get("max_staleness") or 0) > 0
+    own = [name for name in GATHERED if ahead and f"time/{name}" in series]
+    beside = {name: _on(series[f"time/{name}"], steps) for name in own}
+    every = _partition(series, steps) or _from_spans(series, steps, ahead=ahead)
+    for name in BETWEEN:
+        if f"time/{name}" in series:
+            every[name] = _on(series[f"time/{name}"], steps)
+    binned, begins = binned_means([*every.values(), *beside.values()], BARS)
+    bars = list(map(rounded, binned))
+    return StepTime(
+        steps=steps[begins].tolist(),
+        phases=dict(zip(every, bars[: len(every)], strict=True)),
+        beside=dict(zip(beside, bars[len(every) :], strict=True)),
+        means={name: float(values.mean()) for name, values in every.items()},
+    )
+
+
+def _partition(series: Mapping[str, Series], steps: np.ndarray) -> dict[str, np.ndarray]:
+    """phase/<name>, as the run wrote them; {} where a step has none."""
+    found = {name: series.get(f"{PREFIX}{name}") for name in PHASES}
+    if any(one is None or not np.array_equal(one.steps, steps) for one in found.values()):
+        return {}
+    return {name: one.values for name, one in found.items() if one is not None}
+
+
+def _from_spans(
+    series: Mapping[str, Series], steps: np.ndarray, *, ahead: bool
+) -> dict[str, np.ndarray]:
+    """The same from time/<name>, of a run that wrote no phases."""
     every = {
         name.removeprefix("time/"): _on(one, steps)
         for name, one in series.items()
@@ -144,26 +176,15 @@ def step_time(run: RunData, series: Mapping[str, Series]) -> StepTime | None:
     }
     step = every.pop("step")
     gather = every.pop("gather", np.zeros(len(steps)))
-    ahead = int(section(run.config, "rollout").get("max_staleness", 0)) > 0
-    beside = {n: every.pop(n) for n in GATHERED if n in every} if ahead else {}
+    every = {name: values for name, values in every.items() if name not in BETWEEN}
+    if ahead:
+        every = {name: values for name, values in every.items() if name not in GATHERED}
     if WAIT not in every:
         inside = sum((every[n] for n in GATHERED if n in every), np.zeros(len(steps)))
         every[WAIT] = np.maximum(gather - inside, 0.0)
-    evaluate = every.get("evaluate", np.zeros(len(steps)))
-    named = sum(every.values(), np.zeros(len(steps))) - evaluate  # it is not part of a step's time
-    every[REST] = np.maximum(step - named, 0.0)
-    last = (REST, "evaluate")
-    shown = (*ORDER, *(n for n in every if n not in (*ORDER, *last)), *last)
-    every = {name: every[name] for name in shown if name in every}
-    names = [*every, *beside]
-    binned, begins = binned_means([*every.values(), *beside.values()], BARS)
-    bars = dict(zip(names, map(rounded, binned), strict=True))
-    return StepTime(
-        steps=steps[begins].tolist(),
-        phases={name: bars[name] for name in every},
-        beside={name: bars[name] for name in beside},
-        means={name: float(values.mean()) for name, values in every.items()},
-    )
+    every[REST] = np.maximum(step - sum(every.values(), np.zeros(len(steps))), 0.0)
+    shown = (*ORDER, *(n for n in every if n not in (*ORDER, REST)), REST)
+    return {name: every[name] for name in shown if name in every}
 
 
 def _on(series: Series, steps: np.ndarray) -> np.ndarray:
@@ -205,7 +226,7 @@ def teachers_of(run: RunData, series: Mapping[str, Series]) -> list[TeacherHealt
 def _health(
     name: str, settings: Mapping[str, Any], run: RunData, series: Mapping[str, Series]
 ) -> TeacherHealth:
-    scored, latency = series.get(f"scored/{name}"), series.get(f"latency/{name}")
+    scored = series.get(f"scored/{name}")
     default = section(run.config, "distillation").get("loss", "")
     return TeacherHealth(
         name=name,
@@ -214,11 +235,16 @@ def _health(
         loss=str(settings.get("loss") or default),
         domains=tuple(map(str, settings.get("domains") or ())),
         weight=float(settings.get("weight", 1.0)),
-        scored=None if scored is None else float(scored.tail().mean()),
+        scored=_lately(series, f"scored/{name}"),
         scored_least=None if scored is None else float(scored.values.min()),
-        latency=None if latency is None else float(latency.tail().mean()),
+        latency=_lately(series, f"latency_p50/{name}"),
+        latency_p95=_lately(series, f"latency_p95/{name}"),
         troubles=troubles_of(name, series),
     )
+
+
+def _lately(series: Mapping[str, Series], name: str) -> float | None:
+    return float(series[name].tail().mean()) if name in series else None
 
 
 def troubles_of(name: str, series: Mapping[str, Series]) -> dict[str, int]:

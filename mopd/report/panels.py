@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from mopd.metrics.phases import PREFIX
+
 OTHER = "Other"
 
 
@@ -62,11 +64,50 @@ KINDS = (
     ),
     Kind(
         section=LEARNING,
+        title="KL by domain",
+        prefixes=("kl_domain",),
+        hint="all teachers together, nats a row",
+    ),
+    Kind(
+        section=LEARNING,
+        title="Overlap with the teacher's list",
+        prefixes=("topk_overlap",),
+        is_share=True,
+        hint="its likeliest tokens that are among as many of the student's",
+    ),
+    Kind(
+        section=LEARNING,
+        title="Mass on the teacher's list",
+        prefixes=("topk_mass", "teacher_topk_mass"),
+        is_share=True,
+        hint="of the student, and of the teacher itself",
+    ),
+    Kind(
+        section=LEARNING,
+        title="Likeliest tokens",
+        prefixes=("top1", "top1_projected"),
+        is_share=True,
+        hint="top1: the student's is the one in the text; top1_projected: it is the teacher's",
+    ),
+    Kind(
+        section=LEARNING,
+        title="Entropy",
+        prefixes=("entropy",),
+        hint="of the student's next token, nats",
+    ),
+    Kind(
+        section=LEARNING,
         title="Held-out KL",
         prefixes=("eval/kl",),
         hint="on held-out answers, nats a row",
     ),
-    Kind(section=LEARNING, title="Validation loss", prefixes=("eval/loss", "validation")),
+    Kind(section=LEARNING, title="Validation loss", prefixes=("eval/loss",)),
+    Kind(
+        section=LEARNING,
+        title="Validation KL",
+        prefixes=("eval/validation_kl",),
+        hint="on the rows of data.validation_path, nats a row",
+    ),
     Kind(
         section=ANSWERS,
         title="Canonical answers",
@@ -85,7 +126,7 @@ KINDS = (
     Kind(
         section=ANSWERS,
         title="Length of answers",
-        prefixes=("response_length",),
+        prefixes=("response_length", "response_length_p95"),
         hint="tokens",
     ),
     Kind(
@@ -114,6 +155,13 @@ KINDS = (
     ),
     Kind(
         section=TEACHERS,
+        title="Aligned tokens by kind of chunk",
+        prefixes=("alignment_1-1", "alignment_1-n", "alignment_n-1", "alignment_n-m"),
+        is_share=True,
+        hint="student tokens-teacher tokens; they add up to the aligned ones",
+    ),
+    Kind(
+        section=TEACHERS,
         title="How texts were aligned",
         prefixes=("alignment_mismatch", "alignment_offsets", "alignment_strings"),
         is_share=True,
@@ -125,6 +173,20 @@ KINDS = (
         prefixes=("unreachable_mass",),
         hint="of the teacher, on tokens that no student token begins with",
     ),
+    Kind(
+        section=TEACHERS,
+        title="Mass of interior rows",
+        prefixes=("interior_coverage",),
+        is_share=True,
+        hint="of the teacher, that rows inside chunks speak for",
+    ),
+    Kind(
+        section=TEACHERS,
+        title="Share of tokens",
+        prefixes=("token_share",),
+        is_share=True,
+        hint="response tokens that a teacher judged",
+    ),
     Kind(section=TEACHERS, title="Weights", prefixes=("weight",)),
     Kind(
         section=TEACHERS,
@@ -132,13 +194,45 @@ KINDS = (
         prefixes=("distance",),
         hint="policy gradient: nats a chunk",
     ),
-    Kind(section=TEACHERS, title="Latency", prefixes=("latency",)),
-    Kind(section=TEACHERS, title="Failed requests and events", prefixes=("requests", "errors")),
-    Kind(section=TEACHERS, title="Positions without a score", prefixes=("missing",)),
+    Kind(
+        section=TEACHERS,
+        title="Distance in the first step",
+        prefixes=("first_kl",),
+        hint="nats",
+    ),
+    Kind(
+        section=TEACHERS,
+        title="Importance ratio",
+        prefixes=("ratio", "log_ratio"),
+        hint="policy gradient: student to sampler",
+    ),
+    Kind(
+        section=TEACHERS,
+        title="Gated tokens",
+        prefixes=("gated",),
+        is_share=True,
+        hint="policy gradient: whose ratio was cut",
+    ),
+    Kind(
+        section=TEACHERS,
+        title="Latency",
+        prefixes=("latency_p50", "latency_p95"),
+        hint="seconds of a request: median and 95th percentile",
+    ),
+    Kind(
+        section=TEACHERS, title="Failed requests and events", prefixes=("requests", "eval/requests")
+    ),
+    Kind(section=TEACHERS, title="Positions without a score", prefixes=("missing", "eval/missing")),
     Kind(section=TEACHERS, title="Scored anew", prefixes=("rescored",)),
     Kind(section=OPTIMIZER, title="Gradient norm", prefixes=("grad_norm",)),
     Kind(section=OPTIMIZER, title="Learning rate", prefixes=("lr",), is_exact=True),
     Kind(section=OPTIMIZER, title="Skipped steps", prefixes=("skipped",)),
+    Kind(
+        section=OPTIMIZER,
+        title="Load of the experts",
+        prefixes=("moe/load_balancing", "moe/max_load"),
+        hint="1 is even",
+    ),
     Kind(section=SPEED, title="Tokens per second", prefixes=("tokens_per_second",)),
     Kind(section=SPEED, title="Seconds per step", prefixes=("time/step",)),
     Kind(
@@ -166,7 +260,7 @@ def panels_of(names: Iterable[str]) -> list[Panel]:
         kind = next((kind for kind in KINDS if kind.takes(name)), None)
         if kind is not None:
             known[kind.title].curves.append((label_of(name, kind.prefixes), name))
-        elif not name.startswith("time/"):
+        elif not name.startswith(("time/", PREFIX)):
             first = _first(name)
             panel = others.setdefault(first, Panel(section=OTHER, title=first))
             panel.curves.append((label_of(name, (first,)), name))

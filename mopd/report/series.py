@@ -32,6 +32,10 @@ class Series:
         """The values of the last part of the run, one at least."""
         return self.values[-max(1, round(share * len(self.values))) :]
 
+    def tail_steps(self, share: float = 0.1) -> np.ndarray:
+        """The steps of `tail`."""
+        return self.steps[-len(self.tail(share)) :]
+
 
 def read_series(lines: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     """Every number of the step lines, by name; what is not finite is left out."""

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from mopd.metrics.summary import CANONICAL_LOSS
+from mopd.metrics.thresholds import (
+    CANONICAL_LOSS,
+    DROPPED,
+    FAR_TEACHER,
+    MASKED,
+    RESCORED,
+    SCORED,
+    SKIPPED,
+    TRUNCATED,
+    WORSE,
+)
 from mopd.report.facts import headroom_of
 from mopd.report.read import RunData
 from mopd.report.series import Series
-
-MASKED, SCORED, TRUNCATED, DROPPED, SKIPPED = 0.05, 0.9, 0.1, 0.5, 0.02
-DISTANCE = 0.15  # nats a chunk in the first step, of a policy gradient
-WORSE = 0.02  # accuracy below an earlier evaluation's
 
 
 def warnings_of_run(run: RunData, series: Mapping[str, Series]) -> list[str]:
@@ -65,19 +71,34 @@ def _of_metrics(series: Mapping[str, Series]) -> Iterator[str]:
         )
     if "skipped" in series and (share := float(series["skipped"].values.mean())) > SKIPPED:
         yield f"{share:.0%} of the steps were skipped: a loss or gradient was not finite."
-    dropped = sum(_recent(series, name) or 0.0 for name in series if name.startswith("dropped/"))
+    dropped = _dropped(series)
     if dropped > DROPPED:
         yield f"{dropped:.0%} of the answers are not trained on; see Dropped answers."
+    if "rescored/nats" in series and (nats := series["rescored/nats"].values.max()) > RESCORED:
+        yield (
+            f"After a restart a teacher scored {nats:.2g} nats an answer away from before; is it "
+            "the same model?"
+        )
     for name in series:
         kind, _, teacher = name.partition("/")
         if kind == "scored" and (share := _recent(series, name)) is not None and share < SCORED:
             yield f"{teacher} scored only {share:.0%} of the tokens it was asked for."
-        if kind == "distance" and series[name].values[0] > DISTANCE:
+        if kind == "distance" and series[name].values[0] > FAR_TEACHER:
             yield (
                 f"{teacher} was {series[name].values[0]:.2f} nats a chunk from the student in the "
-                f"first step, above {DISTANCE}: a policy gradient is slow or unstable there."
+                f"first step, above {FAR_TEACHER}: a policy gradient is slow or unstable there."
             )
 
 
 def _recent(series: Mapping[str, Series], name: str) -> float | None:
     return float(series[name].tail().mean()) if name in series else None
+
+
+def _dropped(series: Mapping[str, Series]) -> float:
+    """Share of the answers, over the same steps as the others: a step in which a reason did not
+    occur has no number for it."""
+    if "loss" not in series:
+        return 0.0
+    steps = series["loss"].tail_steps()
+    found = [one for name, one in series.items() if name.startswith("dropped/")]
+    return sum(float(one.values[one.steps >= steps[0]].sum()) for one in found) / len(steps)

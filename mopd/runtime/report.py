@@ -12,17 +12,13 @@ from mopd.losses.opd import CHUNKS
 from mopd.metrics.metric import means, merge, values
 from mopd.metrics.phases import phases
 from mopd.metrics.sinks import Sink
+from mopd.metrics.thresholds import DROPPED, FAR_TEACHER, MASKED, RESCORED, SCORED
 from mopd.runtime.build import Run
 from mopd.runtime.replica import gather_leads
 from mopd.student.step import StepResult
 from mopd.types import StepBatch
 
-MASKED_WARNING = 0.05
-SCORED_WARNING = 0.9
-DROPPED_WARNING = 0.5
-RESCORED_WARNING = 0.1  # nats an answer
 FIRST_KL = "first_kl"
-FAR_TEACHER = 0.15  # nats of reverse KL at the start (MOPD: 0.04 trained well, 0.19 badly)
 
 
 def log_step(
@@ -65,22 +61,22 @@ def log_step(
 
 def warnings_of(line: Mapping[str, float], teachers: Iterable[str]) -> Iterator[str]:
     """What somebody should look at in a step's line of metrics."""
-    if (masked := line.get("masked", 0.0)) > MASKED_WARNING:
+    if (masked := line.get("masked", 0.0)) > MASKED:
         yield (
             f"{masked:.0%} of the response tokens have no teacher; the policy may be "
             "leaving the text that teachers can read"
         )
     dropped = {key: share for key, share in line.items() if key.startswith("dropped/") and share}
-    if sum(dropped.values()) > DROPPED_WARNING:
+    if sum(dropped.values()) > DROPPED:
         reasons = ", ".join(f"{key}: {share:.0%}" for key, share in sorted(dropped.items()))
         yield f"{sum(dropped.values()):.0%} of the answers are not trained on ({reasons})"
     for name in teachers:
-        if (share := line.get(f"scored/{name}", 1.0)) < SCORED_WARNING:
+        if (share := line.get(f"scored/{name}", 1.0)) < SCORED:
             yield (
                 f"teachers.{name} scored only {share:.0%} of the tokens it was asked for "
                 f"(see missing/{name}/)"
             )
-    if line.get("rescored/nats", 0.0) > RESCORED_WARNING or line.get("rescored/other_tokens"):
+    if line.get("rescored/nats", 0.0) > RESCORED or line.get("rescored/other_tokens"):
         yield (
             f"a teacher scores {line['rescored/nats']:.2g} nats an answer away from before the "
             "restart; is it the same model?"

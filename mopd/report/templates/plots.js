@@ -7,7 +7,7 @@ const PALETTE = {
   dark: ["#56b4e9", "#ff8a3c", "#2cc9a0", "#e39cc2", "#f0c648", "#9ad0f5", "#b79be0", "#9aa8b6"],
 };
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
-const GREYS = { rest: "--five", evaluate: "--faint" };
+const GREYS = { other: "--five", save: "--faint", evaluate: "--faint" };
 const CONFIG = {
   responsive: true, displaylogo: false,
   modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from mopd.demo import World
 from mopd.errors import ConfigError
+from mopd.metrics.phases import PHASES
 from mopd.report.answers import kept_samples
 from mopd.report.compare import compare
 from mopd.report.coverage import coverage_of
@@ -18,6 +20,7 @@ from mopd.report.panels import KINDS, OTHER, panels_of
 from mopd.report.read import read_run
 from mopd.report.series import MAX_POINTS, Series, binned_means, read_series, smoothed, thinned
 from tests.helpers.report_runs import config, finished, sample, step_line, write_run
+from tests.helpers.runs import ROOT
 
 
 def report(run: Path) -> Report:
@@ -31,6 +34,14 @@ def test_every_metric_is_in_one_plot() -> None:
     assert sorted(shown) == sorted(names)
     others = {p.title: [n for _, n in p.curves] for p in panels if p.section == OTHER}
     assert others == {"new": ["new/one", "new/two"], "eval/odd": ["eval/odd/a"]}
+
+
+def test_no_documented_metric_is_unknown() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("## summary.json")[0]
+    names = [re.sub(r"<\w+>", "x", key) for key in re.findall(r"^\| `([^`]+)` \|", page, re.M)]
+    assert len(names) > 50
+    others = [p.title for p in panels_of(names) if p.section == OTHER]
+    assert others == ["step"]  # the axis
 
 
 def test_titles_are_told_apart() -> None:
@@ -71,7 +82,7 @@ def test_the_phases_add_up_to_the_step(tmp_path: Path) -> None:
     time = report(write_run(tmp_path / "r", lines=lines)).time
     assert time is not None and time.beside == {}
     assert time.means["wait"] == pytest.approx(0.125)
-    assert time.means["rest"] == pytest.approx(0.125)
+    assert time.means["other"] == pytest.approx(0.125)
     assert time.means["evaluate"] == pytest.approx(0.8)
     assert sum(time.means.values()) - 0.8 == pytest.approx(1.0)
     assert time.phases["evaluate"][5] == 8.0
@@ -84,6 +95,34 @@ def test_sampling_ahead_is_beside_the_step(tmp_path: Path) -> None:
     assert time is not None and set(time.beside) == {"rollout", "teachers"}
     assert time.means["wait"] == pytest.approx(0.5)
     assert sum(time.means.values()) == pytest.approx(1.0)
+
+
+def test_the_phases_of_a_run_are_its_own(tmp_path: Path) -> None:
+    """Also where sampling ahead is a phase of nothing, and a line beside."""
+    own = {f"phase/{name}": 0.0 for name in PHASES} | {"phase/train": 0.75, "phase/wait": 0.25}
+    more = own | {"time/align/wait": 0.01, "time/broadcast": 0.02, "time/save": 2.0}
+    lines = [step_line(s, **more) for s in range(4)]
+    settings = config("r", rollout={"max_staleness": 1})
+    time = report(write_run(tmp_path / "r", lines=lines, settings=settings)).time
+    assert time is not None
+    assert time.means == {**{n: own[f"phase/{n}"] for n in PHASES}, "save": 2.0}
+    assert time.phases["rollout"] == [0.0] * 4 and time.beside["rollout"] == [0.25] * 4
+
+
+def test_the_latency_of_a_teacher(tmp_path: Path) -> None:
+    lines = [step_line(s, **{"latency_p50/a": 0.25, "latency_p95/a": 0.5}) for s in range(4)]
+    (one,) = report(write_run(tmp_path / "r", lines=lines)).teachers
+    assert (one.latency, one.latency_p95) == (0.25, 0.5)
+
+
+def test_one_step_that_dropped_all_is_no_warning(tmp_path: Path) -> None:
+    """A reason has a number only in the steps in which it occurred."""
+    lines = [step_line(s, **({"dropped/stale": 1.0} if s == 3 else {})) for s in range(40)]
+    quiet = write_run(tmp_path / "quiet", lines=lines, summary=finished())
+    assert report(quiet).warnings == []
+    lines = [step_line(s, **{"dropped/stale": 0.4, "dropped/empty": 0.2}) for s in range(40)]
+    (said,) = report(write_run(tmp_path / "loud", lines=lines, summary=finished())).warnings
+    assert said.startswith("60% of the answers are not trained on")
 
 
 def test_a_teachers_troubles_are_added_up(tmp_path: Path) -> None:
