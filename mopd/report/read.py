@@ -19,6 +19,7 @@ _SECRET = re.compile(r"(?i)(?<![a-z])(api[-_]?key|secret|password|passwd|credent
 _NOT_SECRET = re.compile(r"_env$")  # the name of a variable, not what is in it
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 HIDDEN = "(hidden)"
+SCORES = ("before", "after")  # that every domain of a summary has
 
 Record = dict[str, Any]
 
@@ -88,7 +89,7 @@ def read_run(directory: Path, *, now: float) -> RunData:
         config=_config(path),
         lines=_step_lines(metrics, problems),
         samples=_step_lines(directory / "samples.jsonl", problems),
-        summary=_object(directory / "summary.json", problems),
+        summary=_summary(directory / "summary.json", problems),
         state=_state(directory, problems),
         versions=_object(directory / "versions.json", problems),
         age_s=now - metrics.stat().st_mtime if metrics.exists() else None,
@@ -129,21 +130,60 @@ def _config(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{path}: not readable as YAML; write it again by `mopd config`") from (
             error
         )
-    return without_secrets(found) if isinstance(found, dict) else {}
+    if not _is_config(found):
+        raise ConfigError(f"{path}: is no recipe of a run; write it again by `mopd config`")
+    return without_secrets(found)
+
+
+def _is_config(found: Any) -> bool:
+    """As far as a page needs it: runs of earlier versions have other keys."""
+    if not isinstance(found, dict) or not _all_mappings(found.get("teachers", {})):
+        return False
+    numbers = (("train", "steps"), ("rollout", "max_staleness"))
+    return all(isinstance(section(found, one).get(key, 0), int) for one, key in numbers)
+
+
+def _all_mappings(found: Any) -> bool:
+    return isinstance(found, Mapping) and all(isinstance(v, Mapping) for v in found.values())
+
+
+def _summary(path: Path, problems: list[str]) -> Mapping[str, Any]:
+    """{} where its parts are not what a run writes."""
+    found = _object(path, problems)
+    domains, evaluations = found.get("domains", {}), found.get("evaluations") or []
+    whole = (
+        _all_mappings(domains)
+        and all(type(one.get(k)) in (int, float) for one in domains.values() for k in SCORES)
+        and _all_mappings(found.get("chunks", {}))
+        and isinstance(evaluations, list)
+        and all(isinstance(one, dict) and "step" in one for one in evaluations)
+    )
+    if not whole:
+        problems.append(f"{path.name}: not what a run writes, left out")
+    return found if whole else {}
+
+
+def _bytes(path: Path, problems: list[str]) -> bytes | None:
+    """None where it is not there, or cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        problems.append(f"{path.name}: cannot be read ({error.strerror}), left out")
+        return None
 
 
 def _step_lines(path: Path, problems: list[str]) -> list[Record]:
     """Whole lines with a step; a torn last line of a run that writes or was killed is left out."""
-    if not path.exists():
-        return []
-    *whole, _ = path.read_bytes().split(b"\n")
+    *whole, _ = (_bytes(path, problems) or b"").split(b"\n")
     found: list[Record] = []
     bad = 0
     for text in whole:
         try:
             record = json.loads(text)
             found += [record] if isinstance(record["step"], int) else []
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             bad += 1
     if bad:
         problems.append(f"{path.name}: {bad} lines are not readable and are left out")
@@ -151,11 +191,11 @@ def _step_lines(path: Path, problems: list[str]) -> list[Record]:
 
 
 def _object(path: Path, problems: list[str]) -> Mapping[str, Any]:
-    if not path.exists():
+    if (text := _bytes(path, problems)) is None:
         return {}
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         problems.append(f"{path.name}: not readable, left out")

@@ -50,6 +50,26 @@ def test_a_run_that_wrote_nothing_yet(tmp_path: Path) -> None:
     assert found.lines == [] and found.num_steps == 0 and headroom_of(found) == []
 
 
+def test_a_damaged_file_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", lines=[step_line(0)], summary={"domains": {"a": {}}})
+    (run / "samples.jsonl").unlink()
+    (run / "samples.jsonl").mkdir()
+    found = read_run(run, now=0.0)
+    assert found.summary == {} and headroom_of(found) == []
+    assert any("summary.json: not what a run writes" in one for one in found.problems)
+    assert any("samples.jsonl: cannot be read" in one for one in found.problems)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "", "teachers: {a: null}", "rollout: {max_staleness: x}", "train: {steps: x}"]
+)
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path / "r")
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="no recipe of a run"):
+        read_run(run, now=0.0)
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no run"):
         read_run(tmp_path, now=0.0)
