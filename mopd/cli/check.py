@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mopd.cli.words import add_words, parse, said_aside
+from mopd.cli.words import Parser, add_words, parse, said_aside
 from mopd.errors import ConfigError
 from mopd.metrics.text import printable
 
@@ -25,7 +25,7 @@ _ITEM = 26  # columns of a line
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd check", description="Validate a recipe as a run does, and say all that is wrong."
     )
     add_words(found)

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from mopd.cli.table import table
+from mopd.cli.words import Parser
 from mopd.errors import ArtifactError, ConfigError
 from mopd.metrics.text import printable
 from mopd.storage.manifest import (
@@ -38,7 +39,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd checkpoint", description="The checkpoints of a run; no model is built."
     )
     verbs = found.add_subparsers(dest="verb", metavar="VERB", required=True)

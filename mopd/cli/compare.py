@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mopd.cli.report import add_page_options, write_page
+from mopd.cli.words import Parser
 
 
 def run(words: Sequence[str]) -> int:
@@ -27,7 +28,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd compare",
         description="Show runs side by side; those that differ in run.seed alone are one group.",
     )

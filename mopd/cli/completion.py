@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from mopd.cli.words import Parser
 from mopd.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd completion",
         description="Print the completion script of a shell: source <(mopd completion bash) in "
         "~/.bashrc, `mopd completion fish > ~/.config/fish/completions/mopd.fish`, and for zsh a "

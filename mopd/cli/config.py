@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from mopd.cli.words import add_words, parse
+from mopd.cli.words import Parser, add_words, parse
 from mopd.config.load import dump_config, load_config, parse_arguments
 
 
@@ -23,9 +23,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="mopd config", description="Print a recipe, resolved and validated."
-    )
+    found = Parser(prog="mopd config", description="Print a recipe, resolved and validated.")
     add_words(found)
     found.add_argument("--json", action="store_true", help="JSON instead of YAML")
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mopd.cli.table import table
-from mopd.cli.words import add_words, parse, said_aside
+from mopd.cli.words import Parser, add_words, parse, said_aside
 from mopd.errors import ArtifactError, ConfigError
 from mopd.metrics.text import json_line, printable
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd eval",
         description="Greedy accuracy on held-out prompts, and the share of answers in the student's"
         " own segmentation, domain by domain.",

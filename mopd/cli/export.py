@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mopd.cli.checkpoint import checkpoints_of
+from mopd.cli.words import Parser
 from mopd.errors import ArtifactError, ConfigError
 from mopd.metrics.text import printable
 from mopd.storage.manifest import find_latest, list_checkpoints, problem, ranked, step_name
@@ -27,7 +28,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd export", description="Write a checkpoint as a Hugging Face model or an adapter."
     )
     found.add_argument("run_dir", type=Path, metavar="RUN_DIR")

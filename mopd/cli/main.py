@@ -7,12 +7,14 @@ interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from mopd import __version__
+from mopd.cli.words import Parser
 from mopd.errors import ConfigError, MopdError
 
 VERBS = {
@@ -44,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen, _ = parser().parse_known_args(words[:1])
     run = importlib.import_module(f"mopd.cli.{chosen.verb}").run
     try:
-        return run(words[1:])
+        code = run(words[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is told here, not behind the end
+        return code
     except ConfigError as error:
         print(f"mopd: {error}", file=sys.stderr)
         return 2
@@ -56,15 +61,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return INTERRUPTED
     except BrokenPipeError:  # who reads has read enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:
+        _drop_output()
+        print(f"mopd: {_io_problem(error)}", file=sys.stderr)
+        return 1
+
+
+def _drop_output() -> None:
+    """What stdout still holds would fail again when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # none, or none of a process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _io_problem(error: OSError) -> str:
+    from mopd.metrics.text import printable
+
+    where = "stdout" if error.filename is None else str(error.filename)
+    return printable(
+        f"{where}: {error.strerror or error}; see that it is there, that you may use it, and that "
+        "the disk has room"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     """Of the command without its verbs' own words."""
-    found = argparse.ArgumentParser(
-        prog="mopd", description="Multi-teacher on-policy distillation."
-    )
+    found = Parser(prog="mopd", description="Multi-teacher on-policy distillation.")
     found.add_argument("--version", action="version", version=f"mopd {__version__}")
     verbs = found.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, summary in VERBS.items():

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopd.cli.words import add_words, parse
+from mopd.cli.words import Parser, add_words, parse
 from mopd.config.check_servers import is_started
 from mopd.config.load import load_config, parse_arguments
 from mopd.config.schema import RunConfig
@@ -33,7 +33,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd plan",
         description="Show who sits on which device of the recipe's cluster, and the memory it "
         "takes. Models need not be there: config.json of known ones is in recipes/models.",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mopd.cli.words import Parser
 from mopd.config.schema import CtkdSection
 from mopd.errors import ArtifactError, ConfigError
 
@@ -29,7 +30,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd projection", description="The projection of two tokenizers; no model is read."
     )
     verbs = found.add_subparsers(dest="verb", metavar="VERB", required=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mopd.cli.words import Parser
 from mopd.config.load import load_config
 from mopd.config.peers import PEERS
 from mopd.config.peers.convert import Conversion, Entry, convert, guess
@@ -34,9 +35,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="mopd recipe", description="Recipes from configurations of other trainers."
-    )
+    found = Parser(prog="mopd recipe", description="Recipes from configurations of other trainers.")
     verbs = found.add_subparsers(dest="verb", metavar="VERB", required=True)
     source = verbs.add_parser("import", help="write a recipe that trains what FILE says")
     source.add_argument("file", type=Path, metavar="FILE", help="YAML, JSON, or a shell script")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mopd.cli.words import Parser
 from mopd.errors import ConfigError
 from mopd.metrics.text import json_safe, printable, replace_file
 
@@ -59,7 +60,7 @@ def add_page_options(parser: argparse.ArgumentParser, *, default: str) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd report", description="Show a run as one HTML page that needs no network."
     )
     found.add_argument("run_dir", type=Path, metavar="RUN", help="its directory: runs/<name>")

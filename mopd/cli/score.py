@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mopd.cli.table import table
-from mopd.cli.words import add_words, parse, said_aside
+from mopd.cli.words import Parser, add_words, parse, said_aside
 from mopd.errors import ConfigError
 from mopd.metrics.text import json_line, printable
 
@@ -26,7 +26,7 @@ TOLERANCE = 1e-6  # relative, between a step and its replay
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd score",
         description="Score texts by one teacher of a recipe: log-probabilities of its tokens, their"
         " alignment with the student's, and the loss of the student as it is. One word without `=` "

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mopd.cli.words import Parser
 from mopd.errors import ConfigError
 from mopd.serving.scoring import check_exposure
 
@@ -47,7 +48,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd serve",
         description="Score token ids for mopd's teachers, or sample for its students.",
     )

@@ -6,9 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from typing import Any
+from typing import Any, NoReturn
 
 from mopd.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        from mopd.metrics.text import printable
+
+        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
 def add_words(parser: argparse.ArgumentParser) -> None:

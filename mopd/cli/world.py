@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mopd.cli.words import Parser
 from mopd.config.schema import RunConfig
 
 
@@ -37,9 +38,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="mopd world", description="Build the embedded world, or show where it is."
-    )
+    found = Parser(prog="mopd world", description="Build the embedded world, or show where it is.")
     default = Path(RunConfig().cache_dir) / "world"
     found.add_argument(
         "--dir", type=Path, default=default, help=f"where worlds are kept (default {default})"

@@ -52,11 +52,33 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(
     assert wanted in captured.err
 
 
-@pytest.mark.parametrize("words", [[], ["frobnicate"], ["--nope"], ["world", "--nope"]])
-def test_a_wrong_command_is_exit_code_2(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [[], ["frobnicate"], ["--nope"], ["world", "--nope"], ["recipe"], ["recipe", "import"]],
+)
+def test_a_wrong_command_is_one_line_and_exit_code_2(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith(" --help\n")
+
+
+def test_a_full_disk_is_one_line() -> None:
+    """Also where the text is only written when the process ends."""
+    code = "import sys; from mopd.cli.main import main; sys.exit(main())"
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-c", code, "recipe", "keys", "--from", "twinkle"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert found.returncode == 1
+    assert found.stderr.count("\n") == 1 and "No space left" in found.stderr
 
 
 @pytest.mark.parametrize("words", [["--help"], ["config", "--help"], ["world", "--help"]])
