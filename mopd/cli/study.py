@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from mopd.cli.words import Parser
 from mopd.errors import ConfigError
 from mopd.metrics.text import printable
 
@@ -18,6 +19,8 @@ def run(words: Sequence[str]) -> int:
     options = parser().parse_args(words)
     if options.jobs < 1:
         raise ConfigError(f"--jobs: {options.jobs} runs at a time; give 1 or more")
+    if options.document is not None and not options.document.is_file():
+        raise ConfigError(f"--document {options.document}: does not exist; create it")
 
     # After parsing: these bring the schema in.
     from mopd.demo.fill import WorldFill
@@ -63,7 +66,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    found = Parser(
         prog="mopd study", description="Run many recipes and seeds, and put them side by side."
     )
     found.add_argument("file", type=Path, help="a study file, as recipes/study/main.yaml")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mopd.errors import ArtifactError
 from mopd.metrics.text import json_line, replace_file
 
 Status = Literal["done", "failed", "stopped"]
@@ -51,9 +52,8 @@ def read_run(directory: Path) -> dict[str, Any]:
     """The measured part of a `Result`, from summary.json and metrics.jsonl of a run."""
     found: dict[str, Any] = {}
     metrics = directory / "metrics.jsonl"
-    lines = []
-    if metrics.exists():
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    whole, _ = _whole_lines(metrics) if metrics.exists() else ([], "")
+    lines = [json.loads(line) for line in whole]
     steps = [line for line in lines if "loss" in line]
     if steps:
         masked = [line["masked"] for line in steps if line.get("masked") is not None]
@@ -68,6 +68,21 @@ def read_run(directory: Path) -> dict[str, Any]:
         values = json.loads(summary.read_text(encoding="utf-8"))
         found |= {k: values[k] for k in ("steps", "seconds", "domains")}
     return found
+
+
+def _whole_lines(path: Path) -> tuple[list[str], str]:
+    """The lines, and what a process that was killed left behind them."""
+    *whole, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return whole, torn
+
+
+def _result(line: str, *, origin: str) -> Result:
+    try:
+        return Result(**json.loads(line))
+    except (ValueError, TypeError):
+        raise ArtifactError(
+            f"{origin}: is no result of a study; delete that line, and its run is made again"
+        ) from None
 
 
 def _at_the_end(steps: list[dict[str, Any]], prefix: str) -> dict[str, float]:
@@ -86,10 +101,12 @@ class Raw:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.results: dict[tuple[str, int], Result] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                result = Result(**json.loads(line))
-                self.results[result.arm, result.seed] = result
+        whole, torn = _whole_lines(path) if path.exists() else ([], "")
+        for number, line in enumerate(whole, start=1):
+            result = _result(line, origin=f"{path}, line {number}")
+            self.results[result.arm, result.seed] = result
+        if torn:
+            replace_file(path, "".join(f"{line}\n" for line in whole))
 
     def find(self, arm: str, seed: int) -> Result | None:
         return self.results.get((arm, seed))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, ValidationError
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from mopd.config.check import check_config
 from mopd.config.load import load_config
@@ -114,8 +114,11 @@ def load_study(path: Path) -> Study:
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        cause = printable(str(error).splitlines()[0])
-        raise ConfigError(f"{printable(str(path))} is no study file: {cause}") from error
+        cause = printable(_cause(error))
+        raise ConfigError(
+            f"{printable(str(path))}: is no study file ({cause}); correct it, or name one such as "
+            "recipes/study/main.yaml"
+        ) from error
     try:
         study = Study.model_validate(values)
     except ValidationError as error:
@@ -126,6 +129,16 @@ def load_study(path: Path) -> Study:
     for problem in _problems(study):
         raise ConfigError(f"{printable(path.name)}: {problem}")
     return study
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"not valid YAML, line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error).splitlines()[0]
 
 
 def _problems(study: Study) -> Iterator[str]:

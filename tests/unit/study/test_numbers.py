@@ -11,8 +11,9 @@ import pytest
 
 from mopd.config.load import load_config
 from mopd.config.schema import RunConfig
+from mopd.errors import ArtifactError
 from mopd.study.plot import plot_group
-from mopd.study.results import Raw, Result
+from mopd.study.results import Raw, Result, read_run
 from mopd.study.settings import Defaults, same
 from mopd.study.table import Column, cell, outcome_columns, replace_marked, spread
 
@@ -114,3 +115,18 @@ def test_a_plot_has_a_dot_for_each_run_that_ended() -> None:
     column = Column(title="accuracy", read=lambda one: one.domains["sort"]["after"])
     text = plot_group("Title", arms, [column])
     assert text.count("<circle") == 2 and "b &lt;" in text and "seed 2: 75.0" in text
+
+
+def test_what_a_killed_process_left_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "raw.jsonl"
+    Raw(path).add(result("a", 1, 0.5))
+    whole = path.read_text()
+    path.write_text(whole + '{"arm": "b", "se')
+    assert set(Raw(path).results) == {("a", 1)}
+    assert path.read_text() == whole
+    path.write_text(whole + "[]\n")
+    with pytest.raises(ArtifactError, match=r"raw\.jsonl, line 2: .*delete that line"):
+        Raw(path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 2.0, "masked": 0.5}\n{"step": 1,')
+    found = read_run(tmp_path)
+    assert (found["steps"], found["first_loss"], found["masked"]) == (1, 2.0, 0.5)

@@ -89,3 +89,23 @@ def test_study_files_are_not_offered_as_recipes() -> None:
     with pytest.raises(ConfigError, match=r"recipes: .*mopd_ctkd") as caught:
         load_config("nothing")
     assert "study/" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"a: [\n", "not valid YAML, line 2"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_what_is_no_study_is_one_line_with_a_remedy(
+    tmp_path: Path, content: bytes | None, wanted: str
+) -> None:
+    path = tmp_path / "study.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=wanted) as caught:
+        load_study(path)
+    assert "name one such as recipes/study/main.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
