@@ -107,6 +107,12 @@ TAGGED = '[{"url":"http://a:1","tags":["math"]},{"url":"http://b:1","tags":["cod
 MS_SWIFT_CASES: list[Case] = [
     ({"rlhf_type": "gkd"}, "distillation.loss", "kl"),
     (GRPO, "distillation.loss", "opd"),
+    (GRPO, "opd.lower", 0.8),
+    (GRPO, "opd.upper", 1.2),
+    ({**GRPO, "epsilon": 0.25}, "opd.lower", 0.75),
+    ({**GRPO, "epsilon": 0.25}, "opd.upper", 1.25),
+    ({**GRPO, "epsilon_high": "0.28"}, "opd.lower", 0.8),
+    ({**GRPO, "epsilon_high": "0.28"}, "opd.upper", 1.28),
     ({"use_mopd": "true", "teacher_model_group": "a/x,a/y"}, "distillation.loss", "gold"),
     ({"teacher_model_group": "a/x,a/y"}, "teachers.y.model", "a/y"),
     ({"beta": 1}, "kl.divergence.beta", 1.0),

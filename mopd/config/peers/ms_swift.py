@@ -109,6 +109,15 @@ def sft_weight(value: Any, source: Source) -> float:
     return 0.0 if source.get("lmbda") in (1, 1.0, "1", "1.0") else number(value)
 
 
+def lower_bound(value: Any, source: Source) -> float:
+    return 1.0 - share(value)
+
+
+def upper_bound(value: Any, source: Source) -> float:
+    high = source.get("epsilon_high")
+    return 1.0 + number(source.get("epsilon") if high is None else high)
+
+
 BETA_NOTE = "a penalty on the distance to the first student has no counterpart here"
 LOSS = (
     Row("rlhf_type", "distillation.loss", loss, default="gkd"),
@@ -160,6 +169,11 @@ LOSS = (
     ),
     Row("gkd_logits_topk", "distillation.top_k", positive, when=is_gkd),
     Row("teacher_kl_coef", "distillation.distillation_weight", number, default=1.0, when=is_opd),
+    Row("epsilon", "opd.lower", lower_bound, default=0.2, when=is_opd),
+    Row("epsilon", "opd.upper", upper_bound, when=is_opd),
+    Row("epsilon_high", "opd.upper", upper_bound, when=is_opd),
+    Row("epsilon", note="GKD has no ratio of policies", when=is_gkd),
+    Row("epsilon_high", note="GKD has no ratio of policies", when=is_gkd),
     Row(
         "reward_funcs",
         note="there are no rewards here: the teachers' signal alone is trained",
@@ -289,11 +303,12 @@ WAYS = (
         when=is_opd,
     ),
     Row(
-        "no importance gate",
+        "GRPO's clipped ratio",
         "opd.importance",
         fixed("ppo"),
         when=is_opd,
-        note="GRPO's clipped ratio; bounds are 0.8 and 1.2 in both",
+        note="to the policy of the sampler, where ms-swift takes the trainer's own before the "
+        "step, which is 1 in the first update of a batch",
     ),
     Row("no domains", "distillation.domain_normalization", fixed("none")),
     Row("no domains", "train.balance_domains", fixed(False)),
