@@ -89,7 +89,7 @@ def _score(config: RunConfig, file: Path, options: argparse.Namespace, directory
     from mopd.runtime.score import for_one_teacher, score_texts, scoring_run, write_rows
 
     if options.prompt is not None:
-        texts = file.read_text(encoding="utf-8").splitlines()
+        texts = _answers(file)
         data = write_rows(directory / "rows.jsonl", texts, prompt=options.prompt, data=config.data)
         config = config.model_copy(update={"data": data})
         file = directory / "rows.jsonl"
@@ -103,9 +103,12 @@ def _score(config: RunConfig, file: Path, options: argparse.Namespace, directory
     lines = [json_line(one) for one in objects]
     if options.output is not None:
         try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"--output {options.output}: {error.strerror}") from error
+            raise ConfigError(
+                f"--output {options.output}: {error.strerror}; name another file"
+            ) from error
     if options.json:
         print("\n".join(lines))
     else:
@@ -113,6 +116,16 @@ def _score(config: RunConfig, file: Path, options: argparse.Namespace, directory
         if options.output is not None:
             print(f"{options.output}: {len(lines)} texts")
     return 0
+
+
+def _answers(file: Path) -> list[str]:
+    try:
+        found = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: is not UTF-8 text; save it as that") from None
+    if not found:
+        raise ConfigError(f"{file}: is empty; write one answer a line")
+    return found
 
 
 def as_json(text: ScoredText, student: Vocabulary, teacher: Vocabulary) -> dict[str, Any]:

@@ -131,13 +131,18 @@ def by_transformers(world: World, prompt: str, text: dict[str, Any]) -> list[flo
         (["--teacher", "sort", "gone.jsonl"], "gone.jsonl: no such file"),
         (["--teacher", "sort", "FILE", "data.response_key=nope"], "has no answer to train on"),
         (["--teacher", "sort", "FILE", "--nope"], "option `--nope` is not known to mopd score"),
+        (["--teacher", "sort", "--prompt", "x", "EMPTY"], "empty.txt: is empty"),
+        (["--teacher", "sort", "--prompt", "x", "BINARY"], "binary.txt: is not UTF-8 text"),
     ],
 )
 def test_a_wrong_command_is_one_line(
     more: list[str], wanted: str, tiny_world: World, tmp_path: Path
 ) -> None:
     rows = rows_of(tiny_world, tmp_path / "rows.jsonl", 2)
-    more = [str(rows) if word == "FILE" else word for word in more]
+    files = {"FILE": rows, "EMPTY": tmp_path / "empty.txt", "BINARY": tmp_path / "binary.txt"}
+    files["EMPTY"].write_bytes(b"")
+    files["BINARY"].write_bytes(b"\xff\xfe")
+    more = [str(files.get(word, word)) for word in more]
     said = mopd("score", "recipe=mopd_ctkd", *words(tiny_world, tmp_path, "run"), *more)
     assert said.code == 2 and said.out == ""
     assert said.err.count("\n") == 1 and wanted in said.err
