@@ -15,7 +15,10 @@ from mopd.errors import ArtifactError, ConfigError
 from mopd.storage.manifest import find_latest
 
 RUNNING_S = 600.0  # a run that wrote nothing for longer is not shown as running
-_SECRET = re.compile(r"(?i)(?<![a-z])(api[-_]?key|secret|password|passwd|credential|bearer)")
+_SECRET = re.compile(
+    r"(?i)(?<![a-z])(api[-_]?key|secret|password|passwd|credential|bearer"
+    r"|(hf|auth|access|api)[-_]?token(?!i))"  # no tokenizer
+)
 _NOT_SECRET = re.compile(r"_env$")  # the name of a variable, not what is in it
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 HIDDEN = "(hidden)"

@@ -83,7 +83,17 @@ def test_secrets_are_hidden() -> None:
             "eos_token": "</s>",
             "answer_key": "answer",
             "urls": ["https://user:sk-2@host/v1"],
-            "server": {"args": ["--api-key", "sk-3", "--api-key=sk-4", "--dtype", "half"]},
+            "server": {
+                "args": [
+                    "--api-key",
+                    "sk-3",
+                    "--api-key=sk-4",
+                    "--hf-token",
+                    "sk-5",
+                    "--dtype",
+                    "half",
+                ]
+            },
         }
     )
     assert "sk-" not in str(found)
