@@ -34,13 +34,13 @@ def parser() -> argparse.ArgumentParser:
         prog="mopd projection", description="The projection of two tokenizers; no model is read."
     )
     verbs = found.add_subparsers(dest="verb", metavar="VERB", required=True)
-    pair = argparse.ArgumentParser(add_help=False)
+    pair = Parser(add_help=False)
     pair.add_argument("--student", type=Path, required=True, metavar="DIR")
     pair.add_argument("--teacher", type=Path, required=True, metavar="DIR")
     for side in ("student", "teacher"):
         pair.add_argument(f"--{side}-eos", metavar="TOKEN", help=f"the recipe's {side} eos_token")
     ctkd = CtkdSection()
-    shape = argparse.ArgumentParser(add_help=False)
+    shape = Parser(add_help=False)
     shape.add_argument("--max-length", type=int, default=ctkd.max_length, metavar="N")
     shape.add_argument("--gamma", type=float, default=ctkd.gamma, metavar="G")
     shape.add_argument("--map", choices=("pieces", "exact"), default="pieces")
