@@ -137,9 +137,14 @@ def entities(run: RunData) -> list[str]:
 
 
 def is_constant(panel: Panel, series: Mapping[str, Series]) -> bool:
-    """Whether each of its curves has one value from end to end, over enough steps to say so."""
+    """Whether each of its curves has one value from end to end: over enough steps to say so, or
+    told in a single step of many."""
     curves = [series[name].values for _, name in panel.curves]
-    return all(len(values) >= ENOUGH and values.min() == values.max() for values in curves)
+    steps = max(len(one.values) for one in series.values())
+    return all(
+        values.min() == values.max() and (len(values) >= ENOUGH or len(values) == 1 < steps)
+        for values in curves
+    )
 
 
 def figures(panels: Sequence[Panel], series: Mapping[str, Series]) -> list[dict[str, Any]]:

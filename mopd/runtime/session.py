@@ -126,6 +126,7 @@ def run_session(
             f"{directory}: hf/ (model), metrics.jsonl, summary.json, tensorboard/, journal/, "
             "checkpoints/"
         )
+        print(f"`mopd report {directory}` shows it as a page")
     if config.evaluate.fail_if_not_learned:
         refuse_if_not_learned(summary)
     return summary

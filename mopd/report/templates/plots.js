@@ -8,10 +8,8 @@ const PALETTE = {
 };
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
 const GREYS = { other: "--five", save: "--faint", evaluate: "--faint" };
-const CONFIG = {
-  responsive: true, displaylogo: false,
-  modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
-};
+// A bar of buttons would cover the curves: dragging zooms, a double click goes back.
+const CONFIG = { responsive: true, displayModeBar: false };
 const drawn = [];
 
 function escaped(text) {
