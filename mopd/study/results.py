@@ -124,4 +124,5 @@ class Raw:
         kept = [one for one in self.results.values() if one.arm in order]
         kept.sort(key=lambda one: (order[one.arm], one.seed))
         self.results = {(one.arm, one.seed): one for one in kept}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.path, "".join(json_line(asdict(one)) + "\n" for one in kept))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -56,18 +57,21 @@ def runs_of(name: str) -> list[Fence]:
 @pytest.mark.timeout(400)
 def test_the_commands_of_a_page_in_order(name: str, world: World, tmp_path: Path) -> None:
     scratch = make_scratch(tmp_path, world)
+    blocks: list[str] = []
     for fence in read_fences(PAGES[name]):
         if "file" in fence.remarks:
             (scratch / fence.remarks["file"]).write_text(fence.text)
         elif "not run" not in fence.remarks and fence.info in ("sh", "python"):
-            run_fence(fence, scratch)
+            run_fence(fence, scratch, blocks)
+            if fence.info == "python":
+                blocks.append(fence.text)
 
 
-def run_fence(fence: Fence, scratch: Path) -> None:
+def run_fence(fence: Fence, scratch: Path, blocks: Sequence[str] = ()) -> None:
     """Runs a block and compares how it ends, and what it writes with what the page shows."""
     wanted = int(fence.remarks.get("exit code", "0"))
     if fence.info == "python":
-        steps = [(fence.text, run_python(fence.text, scratch))]
+        steps = [(fence.text, run_python(fence.text, scratch, before=blocks))]
     else:
         lines = [shortened(fence.page, one, scratch) for one in commands(fence)]
         if any(line.rstrip().endswith("&") for line in lines):

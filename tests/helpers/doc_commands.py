@@ -119,6 +119,8 @@ def _verb(words: list[str]) -> list[str] | None:
 
 
 def _check_verb(words: list[str]) -> None:
+    if words[0] in ("--version", "--help"):
+        return
     assert words[0] in VERBS, f"mopd {words[0]}: no such verb"
     run = importlib.import_module(f"mopd.cli.{words[0]}").run
     with _only_parsed():

@@ -7,6 +7,7 @@ seconds of its imports; everything else is run by bash.
 from __future__ import annotations
 
 import functools
+import io
 import multiprocessing
 import os
 import shlex
@@ -14,7 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +61,9 @@ def run_command(command: str, directory: Path) -> Ended:
     return _in_bash(command, directory)
 
 
-def run_python(source: str, directory: Path) -> Ended:
-    """A block of Python, in a process of its own."""
-    return _forked("python", [source], directory)
+def run_python(source: str, directory: Path, *, before: Sequence[str] = ()) -> Ended:
+    """A block of Python, in a process of its own, where the blocks ``before`` it were run too."""
+    return _forked("python", [*before, source], directory)
 
 
 def _in_bash(script: str, directory: Path) -> Ended:
@@ -154,5 +157,9 @@ def _call(kind: str, words: list[str]) -> int:
         from mopd.cli.main import main
 
         return main(words)
-    exec(compile(words[0], "<block of the page>", "exec"), {"__name__": "__main__"})
+    names = {"__name__": "__main__"}  # of all blocks of a page, as in a notebook
+    for block in words[:-1]:
+        with redirect_stdout(io.StringIO()):
+            exec(compile(block, "<earlier block of the page>", "exec"), names)
+    exec(compile(words[-1], "<block of the page>", "exec"), names)
     return 0
