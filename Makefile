@@ -47,7 +47,8 @@ try-vllm: setup
 # Pages are tested in a real browser. Debian's package is the only one that is installed unasked.
 try-browser:
 	@test -n "$(BROWSER)" || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
-		&& apt-get install --yes --quiet chromium >/dev/null 2>&1; } || \
+		&& apt-get update --quiet >/dev/null 2>&1 && DEBIAN_FRONTEND=noninteractive apt-get \
+		install --yes --quiet --no-install-recommends chromium >/dev/null 2>&1; } || \
 		echo "make: no Chromium or Chrome here; the tests of pages skip (or fail, with CI=true)" >&2
 
 train: setup ## distil two teachers into a student: make train ARGS="train.steps=100"
