@@ -70,7 +70,7 @@ def test_a_request_whose_client_is_gone_is_aborted_in_the_engine(
     version, size = f"{secrets.token_hex(8)}/0", site.model.tokenizer.vocabulary.size
     path = write_weights(site.root, version, site.model.weights(0))
     update = Update(version=version, vocab_size=size, deadline_s=30.0, path=str(path))
-    tasks = tuple(SampleTask(ids=[5, 6, 7], seed=n) for n in range(32))
+    tasks = tuple(SampleTask(ids=[5, 6, 7], seed=n) for n in range(96))
 
     async def leave(client: SampleServer) -> None:
         await client.update(update)
@@ -78,9 +78,13 @@ def test_a_request_whose_client_is_gone_is_aborted_in_the_engine(
         options = SampleOptions(
             max_tokens=length - 3, temperature=1.0, vocab_size=size, eos_id=size - 1
         )
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.5):
-                await client.sample(SampleRequest(version=version, options=options, tasks=tasks))
+        request = SampleRequest(version=version, options=options, tasks=tasks)
+        asking = asyncio.create_task(client.sample(request))
+        while not await asyncio.to_thread(_running, server.url):
+            assert not asking.done()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
 
     before = _finished(server.url)
     site.ask(leave)
@@ -90,6 +94,15 @@ def test_a_request_whose_client_is_gone_is_aborted_in_the_engine(
 
 def _finished(url: str) -> float:
     """Requests that the engine brought to their end."""
+    return _told(url, "request_success_total")
+
+
+def _running(url: str) -> float:
+    """Requests that the engine is busy with."""
+    return _told(url, "num_requests_running")
+
+
+def _told(url: str, name: str) -> float:
     with urllib.request.urlopen(f"{url}/metrics", timeout=10.0) as reply:
         text = reply.read().decode()
-    return sum(map(float, re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", text, re.M)))
+    return sum(map(float, re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.M)))
