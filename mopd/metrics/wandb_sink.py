@@ -61,7 +61,6 @@ class WandbSink:
                 self._run = self._init(settings, mode="offline")
             except Exception as failure:
                 self._give_up(failure)
-                return
 
     def _init(self, settings: dict[str, Any], **more: Any) -> Any:
         """Without its own prints and without a copy of this process's: there is a terminal."""
