@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,7 +23,7 @@ from mopd.config.schema import RunConfig
 from mopd.demo.fill import WorldFill
 from mopd.errors import ConfigError
 from mopd.runtime.demand import student_ranks
-from mopd.runtime.exits import ending_of
+from mopd.runtime.exits import Ending, ending_of
 from mopd.runtime.signals import INTERRUPTED
 
 
@@ -61,23 +62,29 @@ def _world_size(config: RunConfig) -> int:
 
 def _run_here(config: RunConfig, *, world: str | None, is_main: bool) -> int:
     """This process is one rank of the job, or the whole job."""
+    with ExitStack() as told:
 
-    def work() -> None:
-        from mopd.runtime.session import run_session
+        def work() -> None:
+            from mopd.runtime.session import run_session
 
-        run_session(config, world=world)
+            run_session(config, world=world, told=told)
 
-    ending = ending_of(work)
+        ending = ending_of(work)
+        _tell(ending, is_main=is_main)
+    return ending.code
+
+
+def _tell(ending: Ending, *, is_main: bool) -> None:
     if ending.is_lost:
         print(
             f"error: rank {os.environ.get('RANK', '0')}: another rank ended, or its connection did;"
             " torchrun names the first one under `Root Cause`; the same command continues from the "
             "last checkpoint",
             file=sys.stderr,
+            flush=True,
         )
     elif ending.message and (is_main or ending.everywhere):
         print(ending.message, file=sys.stderr if ending.is_error else sys.stdout, flush=True)
-    return ending.code
 
 
 if __name__ == "__main__":

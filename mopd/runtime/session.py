@@ -64,6 +64,7 @@ def run_session(
     world: str | None,
     servers: ServerSource | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
+    told: ExitStack | None = None,
 ) -> Summary | None:
     """Trains, or continues, the run ``run.name``; None when it is finished already.
 
@@ -71,6 +72,9 @@ def run_session(
         world: digest of the embedded world, for the summary.
         servers: where engines come from that the recipe has started; None: from this process.
         stop_asked: beside SIGTERM, whether to end after the step that is under way.
+        told: closed once the user knows how the run ended; None: the session's own end. Signals
+            are heard until then: torchrun tells the ranks beside a dead one to end, and they are
+            to say first why they do.
     Raises:
         ConfigError: the directory holds a run with other settings.
         DidNotLearnError: after everything is written, or again for a finished run.
@@ -107,9 +111,9 @@ def run_session(
         stop_asked=lambda: interrupt.is_stopping or stop_asked(),
         activity=console.activity if is_main else run.activity,
     )
-    # Within `interrupt` to the end: torchrun tells the ranks beside a dead one to end, and they
-    # are to say why they do. The others are closed in the reverse order, whichever of them fails.
-    with interrupt, ExitStack() as opened:
+    # All are closed, in the reverse order, whichever of them fails.
+    with ExitStack() as opened:
+        (told or opened).enter_context(interrupt)
         opened.callback(shutdown)
         opened.callback(sink.close)
         for part in (run.servers, run.turns, run.sampler, run.pool, run.feed):
