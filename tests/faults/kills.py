@@ -17,7 +17,7 @@ from tests.helpers.runs import start, step_lines, words
 from tests.helpers.stub_process import StubProcess
 
 DEADLINE_S = 6.0
-STALL_S = DEADLINE_S + 2.0
+STALL_S = 2 * DEADLINE_S - 1.0  # less than two in a row
 DELAY_S = 0.1  # of a request: so that most kills hit one
 STEP_S = 0.2  # about what a step takes
 SAVE_INTERVAL = 4

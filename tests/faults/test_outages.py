@@ -22,6 +22,7 @@ from tests.helpers.stub_server import StubOptions, StubServer, send_json
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
 DEADLINE = 1.0
+MARGIN_S = 4.0  # above a deadline, for a machine that does other things too
 
 
 class Bench:
@@ -105,7 +106,7 @@ def test_a_sick_sole_server_is_given_up_at_its_deadline(bench: Bench, fault: Cal
     begin = time.monotonic()
     with pytest.raises(TeacherExhausted, match=r"teachers\.sort: no replica") as caught:
         teacher.score(bench.rollouts(1))
-    assert time.monotonic() - begin < DEADLINE + 1.0
+    assert time.monotonic() - begin < DEADLINE + MARGIN_S
     assert caught.value.teacher == "sort"
     assert set(teacher.events) <= {"timeout", "reset"} and teacher.events.total() == 1
 

@@ -20,7 +20,7 @@ from tests.helpers.runs import ROOT, environment, summary, train_here, words
 pytestmark = [pytest.mark.dist, pytest.mark.e2e]
 
 STEPS = 30
-PATIENCE_S = 10.0  # for the others to end
+PATIENCE_S = 30.0  # for the others to end
 
 
 def start(overrides: list[str]) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ from tests.helpers.runs import launch, step_lines, train_here, words
 
 pytestmark = [pytest.mark.e2e, pytest.mark.dist]
 
-STALL_S = 4.0
+STALL_S = 8.0
 
 
 def run_words(world: World, directory: Path, teacher: str, *, steps: int) -> list[str]:
@@ -42,7 +42,7 @@ def test_a_stuck_run_ends_with_its_stacks(tiny_world: World, tmp_path: Path, tea
     if teacher == "Sleeper":
         said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(said) == 1
-        assert "nothing was finished for 4 s" in said[0] and "raise run.stall_s" in said[0]
+        assert "nothing was finished for 8 s" in said[0] and "raise run.stall_s" in said[0]
         assert "in stop_for_ever" in done.stderr
 
 

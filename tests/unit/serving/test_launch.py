@@ -161,7 +161,7 @@ def test_closing_ends_the_wait_for_a_port(folder: Path) -> None:
         server = Started(folder, port=other.getsockname()[1])
         began = time.monotonic()
         server.process.close()
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 20.0
     assert not starts(server.script) and server.process.failure is None
 
 

@@ -133,7 +133,7 @@ def test_one_failure_ends_the_others_soon_and_keeps_its_type(chat: ChatTokenizer
     began = time.monotonic()
     with pytest.raises(TeacherExhausted, match=r"teachers\.b: gone"):
         pool.score(rollouts(chat, "a", "b"))
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 10.0
     assert no_threads_asking() and failing.closed.is_set()
     pool.close()
 
