@@ -187,7 +187,7 @@ def test_another_model_behind_the_same_address_is_seen_at_once(
 
 def test_requests_run_side_by_side_and_no_more_than_allowed(bench: Bench) -> None:
     async def slow(writer: asyncio.StreamWriter, reply: dict[str, Any]) -> bool:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
         await send_json(writer, reply)
         return True
 
