@@ -13,21 +13,29 @@ from types import FrameType
 STOPPED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT  # exit codes, as shells count
 # A scheduler tells every process, and torchrun tells its workers once more: that is one request.
 ONE_REQUEST_S = 3.0
+SAFE_S = 2.0  # for `check` to raise an interrupt, before it is raised anywhere
+END_S = 120.0  # for an interrupted run to close what it opened
 
 
 class Interrupt:
     """``with Interrupt() as interrupt: ... interrupt.check()`` between two steps.
 
-    Python raises KeyboardInterrupt wherever the main thread happens to be, and drops it where that
-    is a finalizer or a callback of a library. `check` raises it again.
+    Python raises KeyboardInterrupt wherever the main thread happens to be: with the lock of a queue
+    in its hands, which nobody gets any more then, or in a finalizer, where it is dropped. So SIGINT
+    is raised by `check`, and elsewhere only after ``SAFE_S`` without one.
 
-    SIGTERM sets `is_stopping` and nothing else, so that the loop can save. Another one more than
-    ``ONE_REQUEST_S`` later, or SIGINT after it, ends the process at once, wherever it is.
+    SIGTERM sets `is_stopping` and nothing else, so that the loop can save.
+
+    The process ends at once, wherever it is, on SIGINT after SIGTERM, on either of them more than
+    ``ONE_REQUEST_S`` after its like, and where it is still here ``END_S`` after SIGINT.
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._terminated: float | None = None  # when, on the monotonic clock
+        self._interrupted: float | None = None  # when, on the monotonic clock
+        self._terminated: float | None = None
+        self._raised = False
+        self._insisted = False
+        self._is_own = False  # the next SIGINT that is heard
         self._before: dict[int, object] = {}
         self._wakeup = -1
         self._ears: tuple[socket.socket, socket.socket] | None = None
@@ -56,16 +64,28 @@ class Interrupt:
     def __exit__(self, *error: object) -> None:
         if self._ears is None or self._thread is None:
             return
-        for number, before in self._before.items():
-            signal.signal(number, before)  # pyright: ignore[reportArgumentType]
+        self._raised = True  # no more of it from here on
         signal.set_wakeup_fd(self._wakeup)
         self._ears[1].close()  # the listener reads the end
         self._thread.join()
+        for number, before in self._before.items():
+            signal.signal(number, before)  # pyright: ignore[reportArgumentType]
         self._ears[0].close()
 
+    def check(self) -> None:
+        """Raises KeyboardInterrupt where one was asked for."""
+        if self._interrupted is not None:
+            self._raised = True
+            raise KeyboardInterrupt
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        raise KeyboardInterrupt
+        """A second SIGINT gets here late only where a library took the socket's place."""
+        now = time.monotonic()
+        if self._interrupted is None:
+            self._interrupted = now
+        elif not self._raised and (self._insisted or now - self._interrupted > ONE_REQUEST_S):
+            self._raised = True
+            raise KeyboardInterrupt
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Also where a library took the socket's place. Late, so it is never a second request."""
@@ -75,26 +95,51 @@ class Interrupt:
     def _listen(self) -> None:
         assert self._ears is not None
         ear = self._ears[0]
-        ear.setblocking(True)
-        while numbers := ear.recv(64):
+        while True:
+            ear.settimeout(self._patience_s())
+            try:
+                numbers = ear.recv(64)
+            except TimeoutError:
+                self._insist()
+                continue
+            if not numbers:
+                return
             for number in numbers:
                 self._hear(number)
 
     def _hear(self, number: int) -> None:
-        if number == signal.SIGTERM and self._terminated is None:
-            self._terminated = time.monotonic()
-            return
-        if self._terminated is None:
-            return
-        if number == signal.SIGINT:
-            _end(INTERRUPTED)
-        if number == signal.SIGTERM and time.monotonic() - self._terminated > ONE_REQUEST_S:
-            _end(STOPPED)
+        now = time.monotonic()
+        if number == signal.SIGTERM:
+            if self._terminated is None:
+                self._terminated = now
+            elif now - self._terminated > ONE_REQUEST_S:
+                _end(STOPPED)
+        elif number == signal.SIGINT:
+            if self._is_own:
+                self._is_own = False
+                return
+            if self._interrupted is None:
+                self._interrupted = now
+            late = now - self._interrupted > ONE_REQUEST_S
+            if late or self._terminated is not None:
+                _end(INTERRUPTED)
 
-    def check(self) -> None:
-        """Raises KeyboardInterrupt where one was asked for."""
-        if self._asked:
-            raise KeyboardInterrupt
+    def _patience_s(self) -> float | None:
+        """How long to listen until it is time to insist."""
+        if self._interrupted is None:
+            return None
+        end = self._interrupted + (END_S if self._insisted else SAFE_S)
+        return max(end - time.monotonic(), 0.01)
+
+    def _insist(self) -> None:
+        if self._insisted:
+            _end(INTERRUPTED)
+        self._insisted = True
+        if not self._raised:
+            self._is_own = True
+            ident = threading.main_thread().ident
+            assert ident is not None
+            signal.pthread_kill(ident, signal.SIGINT)  # also ends what the thread waits for
 
 
 def _end(code: int) -> None:
