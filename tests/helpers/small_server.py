@@ -95,7 +95,9 @@ def small_server(directory: Path, *, script: str = SCRIPT) -> Path:
 def starts(server: Path) -> list[dict[str, Any]]:
     """One for each start so far: pid, child, words, env."""
     path = Path(f"{server}.starts")
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # without an end it is still being written
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def is_gone(pid: int) -> bool:
