@@ -137,11 +137,10 @@ class ServerProcess:
             if self._closing.wait(LOOK_S):
                 return False
             if time.monotonic() > deadline:
-                self.failure = (
+                self._fail(
                     f"{launch.key}: its vLLM server cannot listen at {self.url}, where another "
                     "process does, or which is no address of this host; end that process"
                 )
-                self._report(self.failure)
                 return False
         with self._lock:
             if self._closing.is_set():
@@ -168,8 +167,12 @@ class ServerProcess:
         try:
             self._restart_while_allowed()
         except OSError as error:
-            self.failure = f"{self.launch.key}: its vLLM server cannot be started: {error}"
-            self._report(self.failure)
+            self._fail(f"{self.launch.key}: its vLLM server cannot be started: {error}")
+
+    def _fail(self, failure: str) -> None:
+        """Told before it can be seen: who sees it may end the process."""
+        self._report(failure)
+        self.failure = failure
 
     def _restart_while_allowed(self) -> None:
         while self._start() and (code := self._until_it_ends()) is not None:
@@ -182,11 +185,10 @@ class ServerProcess:
                 return
             died = f"vLLM for {owner} at {self.url} died (exit code {code}, log in {log})"
             if self.restarts == self.launch.max_restarts:
-                self.failure = (
+                self._fail(
                     f"{died} and stays away after {self.restarts} restarts; see "
                     f"{key}.server.max_restarts"
                 )
-                self._report(self.failure)
                 return
             self.restarts += 1
             self._report(
