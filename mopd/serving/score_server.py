@@ -128,6 +128,9 @@ class ScoreServer(ThreadingHTTPServer):
         )
         self._thread.start()
 
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Ends the server and its threads; safe to call twice, and not inside `serve_forever`."""
         if self._thread is not None:
@@ -155,15 +158,10 @@ class ScoreServer(ThreadingHTTPServer):
             target=self.process_request_thread, args=(request, client_address), daemon=True
         )
         with self._lock:
+            # those that ended leave here, and not by themselves: they would still run for a moment
+            self._open = {one: its for one, its in self._open.items() if one.is_alive()}
             self._open[thread] = request
         thread.start()
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            with self._lock:
-                self._open.pop(threading.current_thread(), None)
 
 
 class _Handler(BaseHTTPRequestHandler):

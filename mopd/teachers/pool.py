@@ -148,6 +148,8 @@ def _ask(calls: Sequence[_Call], rollouts: Sequence[Rollout]) -> None:
         if done.get().error is not None:
             _settle(waiting, GRACE_S)
             break
+    else:
+        _settle(waiting, END_S)  # a thread ends a moment later than its work
     for call in waiting:
         if call.error is not None:
             raise call.error
