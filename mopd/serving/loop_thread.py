@@ -32,6 +32,9 @@ class LoopThread:
         self.loop = asyncio.new_event_loop()
         self._release = release
         self._closed = False
+        # No work is handed over once the end has begun: nobody would run it, or know of it.
+        self._lock = threading.Lock()
+        self._is_ending = False
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
@@ -40,6 +43,8 @@ class LoopThread:
             self.loop.run_forever()
         except BaseException as error:  # told by whoever waits for this thread
             self.ended = error
+        with self._lock:
+            self._is_ending = True
         try:
             self.loop.run_until_complete(self._end())
         finally:
@@ -61,10 +66,11 @@ class LoopThread:
         Raises:
             LoopEnded: and what the coroutine or ``watch`` raises.
         """
-        if self._closed or self.ended is not None or not self._thread.is_alive():
-            work.close()
-            raise LoopEnded
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        with self._lock:
+            if self._closed or self._is_ending or not self._thread.is_alive():
+                work.close()
+                raise LoopEnded
+            future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             while not wait([future], timeout=GLANCE_S).done:
                 if not self._thread.is_alive():
@@ -84,11 +90,12 @@ class LoopThread:
         It waits for seconds. A thread that something keeps for longer does all this when it is
         free.
         """
-        if self._closed:
-            return
-        self._closed = True
-        if self._thread.is_alive() and self.ended is None:
-            self.loop.call_soon_threadsafe(self.loop.stop)
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._thread.is_alive() and not self._is_ending:
+                self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(timeout=2 * CLOSE_S)
 
 

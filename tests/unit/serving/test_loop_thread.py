@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 
@@ -115,6 +116,34 @@ def test_a_thread_that_is_kept_releases_when_it_is_free(
     while not thread.loop.is_closed() and time.monotonic() < end:
         time.sleep(0.01)
     assert thread.loop.is_closed() and held.opened == 0
+
+
+def test_work_that_is_handed_over_while_it_closes_is_ended(
+    thread: LoopThread, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the end nobody would run it, and it would never be awaited."""
+    handed, submit = threading.Event(), asyncio.run_coroutine_threadsafe
+
+    def late(work: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        handed.set()
+        time.sleep(0.2)  # for `close` to overtake it
+        return submit(work, loop)
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", late)
+    told: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            thread.run(held.work())
+        except BaseException as error:
+            told.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert handed.wait(5.0)
+    thread.close()
+    asking.join(5.0)
+    assert [type(error) for error in told] == [LoopEnded]
 
 
 def test_a_watch_ends_the_work(thread: LoopThread, held: Held) -> None:
