@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -76,7 +76,7 @@ class FilePush:
             deadline_s=self._deadline_s,
             path=str(self._root / version),
         )
-        return list(await asyncio.gather(*(_told(server.update(update)) for server in servers)))
+        return list(await asyncio.gather(*(_told(server, update) for server in servers)))
 
     def close(self) -> None:
         if self._written is None:
@@ -167,7 +167,7 @@ class BroadcastPush:
             firsts = [1 + sum(workers[:n]) for n in range(len(servers))]
             updates = [self._update(taken, address, channel, first, size) for first in firsts]
             answers = [
-                asyncio.create_task(_told(server.update(update)))
+                asyncio.create_task(_told(server, update))
                 for server, update in zip(servers, updates, strict=True)
             ]
 
@@ -202,9 +202,9 @@ class BroadcastPush:
         )
 
 
-async def _told(update: Coroutine[None, None, None]) -> ServerError | None:
+async def _told(server: SampleServer, update: Update) -> ServerError | None:
     try:
-        await update
+        await server.update(update)
     except ServerError as error:
         return error
     return None
