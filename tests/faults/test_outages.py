@@ -13,6 +13,7 @@ import pytest
 
 from mopd.demo import World
 from mopd.errors import TeacherError, TeacherExhausted
+from mopd.serving import replicas as replicas_module
 from mopd.teachers.remote import RemoteTeacher
 from mopd.tokens.chat import ChatTokenizer
 from mopd.types import Rollout, TeacherScores
@@ -98,9 +99,13 @@ def canary(teacher: RemoteTeacher) -> list[int]:
 
 
 @pytest.mark.parametrize("fault", [hang, crawl, crawl_in_the_head, half_close])
-def test_a_sick_sole_server_is_given_up_at_its_deadline(bench: Bench, fault: Callable) -> None:
+def test_a_sick_sole_server_is_given_up_at_its_deadline(
+    bench: Bench, fault: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas_module, "MAX_PAUSE_S", 3600.0)
     server = bench.server()
-    teacher = bench.teacher(server, max_retries=0)
+    # no probe of the sick one comes before its events are counted
+    teacher = bench.teacher(server, max_retries=0, pause_s=3600.0)
     teacher.score(bench.rollouts(1))
     server.options.fault = lambda number, request: fault
     begin = time.monotonic()
