@@ -22,7 +22,8 @@ from tests.helpers.stub_scorers import PrefixScorer
 from tests.helpers.stub_server import StubOptions, StubServer, send_json
 from tests.helpers.teachers import make_rollout_of, remote_teacher
 
-DEADLINE = 1.0
+DEADLINE = 2.0  # where a server is to miss it; longer than the pauses of a busy machine
+PATIENT_S = 20.0  # where none is
 MARGIN_S = 4.0  # above a deadline, for a machine that does other things too
 
 
@@ -40,7 +41,7 @@ class Bench:
         return self._stack.enter_context(StubServer(scorer, StubOptions(**options), port=port))
 
     def teacher(
-        self, *servers: StubServer, deadline_s: float = DEADLINE, **retry: Any
+        self, *servers: StubServer, deadline_s: float = PATIENT_S, **retry: Any
     ) -> RemoteTeacher:
         found = remote_teacher(
             [server.url for server in servers],
@@ -105,7 +106,7 @@ def test_a_sick_sole_server_is_given_up_at_its_deadline(
     monkeypatch.setattr(replicas_module, "MAX_PAUSE_S", 3600.0)
     server = bench.server()
     # no probe of the sick one comes before its events are counted
-    teacher = bench.teacher(server, max_retries=0, pause_s=3600.0)
+    teacher = bench.teacher(server, deadline_s=DEADLINE, max_retries=0, pause_s=3600.0)
     teacher.score(bench.rollouts(1))
     server.options.fault = lambda number, request: fault
     begin = time.monotonic()
@@ -118,7 +119,7 @@ def test_a_sick_sole_server_is_given_up_at_its_deadline(
 
 def test_a_sick_replica_costs_time_and_nothing_else(bench: Bench) -> None:
     sick, well = bench.server(), bench.server()
-    teacher = bench.teacher(sick, well)
+    teacher = bench.teacher(sick, well, deadline_s=DEADLINE)
     rollouts = bench.rollouts()
     clean = teacher.score(rollouts)
     assert sick.requests and well.requests
@@ -197,7 +198,7 @@ def test_requests_run_side_by_side_and_no_more_than_allowed(bench: Bench) -> Non
         return True
 
     one, two = bench.server(), bench.server()
-    teacher = bench.teacher(one, two, deadline_s=20.0)
+    teacher = bench.teacher(one, two)
     for server in (one, two):
         server.options.fault = lambda number, request: slow
     found = teacher.score(bench.rollouts(24))

@@ -52,11 +52,12 @@ def silent(port: int) -> Iterator[None]:
 
 def test_a_server_that_never_answers_is_given_up_at_its_deadline(bench: Bench) -> None:
     server = bench.server()
-    teacher = bench.teacher(server, max_retries=0)
+    teacher = bench.teacher(server, deadline_s=DEADLINE, max_retries=0)
     server.stop()
     with silent(server.port):
         begin = time.monotonic()
-        with pytest.raises(TeacherExhausted, match=r"no replica answered in 1 tries.*within 1 s"):
+        message = rf"no replica answered in 1 tries.*within {DEADLINE:g} s"
+        with pytest.raises(TeacherExhausted, match=message):
             teacher.score(bench.rollouts())
         assert time.monotonic() - begin < DEADLINE + MARGIN_S
     assert teacher.events["timeout"] >= 1
@@ -65,7 +66,7 @@ def test_a_server_that_never_answers_is_given_up_at_its_deadline(bench: Bench) -
 def test_requests_give_up_a_silent_replica_together(bench: Bench) -> None:
     """Though they queue for one check of its new connection."""
     silent_one, well = bench.server(), bench.server()
-    teacher = bench.teacher(silent_one, well)
+    teacher = bench.teacher(silent_one, well, deadline_s=DEADLINE)
     silent_one.stop()
     with silent(silent_one.port):
         begin = time.monotonic()
@@ -77,7 +78,7 @@ def test_requests_give_up_a_silent_replica_together(bench: Bench) -> None:
 
 def test_a_hung_replica_costs_one_deadline_and_not_one_every_time(bench: Bench) -> None:
     sick, well = bench.server(), bench.server()
-    teacher = bench.teacher(sick, well)
+    teacher = bench.teacher(sick, well, deadline_s=DEADLINE)
     rollouts = bench.rollouts()
     clean = teacher.score(rollouts)
     sick.options.fault = lambda number, request: hang
@@ -85,7 +86,7 @@ def test_a_hung_replica_costs_one_deadline_and_not_one_every_time(bench: Bench) 
     for _ in range(5):
         assert all_same(teacher.score(rollouts), clean)
         time.sleep(0.2)  # its rest is over long before
-    assert DEADLINE < time.monotonic() - begin < 5 * DEADLINE  # and not six
+    assert DEADLINE < time.monotonic() - begin < 5 * DEADLINE  # and not one every time
     sick.options.fault = lambda number, request: None
     before, end = len(sick.requests), time.monotonic() + 15.0
     while len(sick.requests) < before + 6 and time.monotonic() < end:
@@ -163,8 +164,10 @@ def test_the_other_teachers_do_not_wait_for_a_sick_one(
     """Seconds of a teacher beside a sick one over those without a neighbour."""
     servers = bench.server(), bench.server()
     fall_ill(servers[1], slow)
-    teacher = bench.teacher(servers[0], restart_budget_s=60.0, max_retries=3, pause_s=0.1)
-    timed = Timed(bench.teacher(servers[1], deadline_s=20.0), lambda: fall_ill(servers[0], None))
+    teacher = bench.teacher(
+        servers[0], deadline_s=DEADLINE, restart_budget_s=60.0, max_retries=3, pause_s=0.1
+    )
+    timed = Timed(bench.teacher(servers[1]), lambda: fall_ill(servers[0], None))
     pool = TeacherPool({"sort": teacher, "other": timed})
     rollouts = [
         replace(r, prompt=replace(r.prompt, teachers=("sort", "other"))) for r in bench.rollouts(24)
@@ -237,12 +240,12 @@ def test_no_wait_is_for_ever_even_where_deadlines_fail(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Something keeps the thread of the requests: no deadline in it can fire."""
-    monkeypatch.setattr(replicas_module, "SLACK_S", -4.7)
+    monkeypatch.setattr(replicas_module, "SLACK_S", -40.7)
     monkeypatch.setattr(replicas_module, "MAX_AFTER_S", 0)
     monkeypatch.setattr(replicas_module, "MAX_PAUSE_S", 0.01)
     monkeypatch.setattr(loop_thread_module, "CLOSE_S", 0.1)
     server = bench.server()
-    teacher = bench.teacher(server, deadline_s=0.5, max_retries=0)
+    teacher = bench.teacher(server, deadline_s=5.0, max_retries=0)
     free = threading.Event()
     loop_of(teacher).call_soon_threadsafe(free.wait, 60.0)
     begin = time.monotonic()
@@ -256,16 +259,16 @@ def test_a_slow_teacher_that_moves_is_waited_for(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer in all than the patience for a single request."""
-    monkeypatch.setattr(replicas_module, "SLACK_S", -15.5)
+    monkeypatch.setattr(replicas_module, "SLACK_S", -46.0)
     monkeypatch.setattr(replicas_module, "MAX_AFTER_S", 0)
     monkeypatch.setattr(replicas_module, "MAX_PAUSE_S", 0.01)
     server = bench.server()
-    teacher = bench.teacher(server, deadline_s=2.0, max_retries=0)
+    teacher = bench.teacher(server, deadline_s=6.0, max_retries=0)
     patience_s = teacher._replicas._patience_s
-    assert 2.0 < patience_s < 2.6
+    assert 3.9 < patience_s < 4.1
 
     async def lazy(writer: asyncio.StreamWriter, reply: dict[str, Any]) -> bool:
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(0.9)
         await send_json(writer, reply)
         return True
 
