@@ -188,7 +188,6 @@ def test_the_time_limit_reaches_the_driver_of_a_ray_job(tmp_path: Path) -> None:
         limit = time.monotonic() + 60
         while not (slurm.folder / "training").exists() and time.monotonic() < limit:
             time.sleep(0.02)
-        time.sleep(0.5)  # until the batch script has set its trap, behind the driver's start
         job.send_signal(signal.SIGUSR1)
         job.wait(timeout=60)
     assert job.returncode == 143
