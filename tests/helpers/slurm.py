@@ -27,7 +27,8 @@ while [[ $1 == --* ]]; do
     shift
 done
 pids=()
-trap 'kill -KILL "${pids[@]}"; exit 137' TERM
+# a task may have done its work before its number is noted
+trap 'kill -KILL $(jobs -p); exit 137' TERM
 for ((node = 0; node < tasks; node++)); do
     SLURM_NODEID=$node "$@" &
     pids+=($!)
