@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from mopd.demo import World
+from mopd.serving.address import free_ports
 from mopd.student.checkpoint import list_checkpoints, verify
 from tests.faults.kills import steps_of
 from tests.helpers.runs import ROOT, step_lines, words
@@ -36,9 +37,8 @@ TOKEN = "not-a-real-token-of-anybody"
 
 
 def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+    """None that the system gives to a connection before the job listens there."""
+    return str(free_ports(1)[0])
 
 
 @contextlib.contextmanager
@@ -155,8 +155,8 @@ esac
 def test_a_ray_job_starts_head_workers_and_driver(recipe: str, code: int, tmp_path: Path) -> None:
     slurm = Slurm(tmp_path / "slurm", nodes=3)
     write_program(tmp_path / "python", PYTHON)
-    port = free_port()
-    with socket.create_server(("127.0.0.1", int(port))):  # the head that workers wait for
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # the head that workers wait for
+        port = str(listener.getsockname()[1])
         job = slurm.start(
             "launch/slurm/ray.sbatch",
             [f"recipe={recipe}", "train.steps=3"],
