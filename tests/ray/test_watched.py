@@ -31,6 +31,7 @@ class Small:
 
     def __init__(self) -> None:
         self._asked = 0
+        self._let_go = threading.Event()
 
     def pid(self) -> int:
         return os.getpid()
@@ -38,6 +39,13 @@ class Small:
     def work(self, seconds: float) -> str:
         time.sleep(seconds)
         return "done"
+
+    def work_until_let_go(self) -> str:
+        self._let_go.wait(LONG_S)
+        return "done"
+
+    def let_go(self) -> None:
+        self._let_go.set()
 
     def fail(self) -> None:
         raise ZeroDivisionError("ours")
@@ -77,10 +85,11 @@ def _look_until(one: Any, *, wanted: int) -> list[Any]:
 
 def _answers() -> tuple[list[Any], Any, Any, int]:
     one, _ = _watched()
-    one.begin(one.actor.work.remote(1.0))
+    one.begin(one.actor.work_until_let_go.remote())
     before = one.result()
     first = one.look()  # asks, and waits for nothing
     found = [first, *_look_until(one, wanted=3)]
+    one.actor.let_go.remote()
     import ray
 
     ray.wait([one.work], timeout=30)
