@@ -18,11 +18,14 @@ from tests.helpers.ray_runs import none_left
 pytestmark = pytest.mark.ray
 
 LONG_S = 60.0  # longer than any wait here
+# Ray's books may be late on a busy machine. A lost connection counts as a death once they say so,
+# and after a second, by default, as an actor that cannot be reached.
+PATIENT = {"RAY_timeout_ms_task_wait_for_death_info": "60000"}
 
 
 @pytest.fixture(scope="module")
 def call(ray_address: str) -> Iterator[Call]:
-    with attached(ray_address) as found:
+    with attached(ray_address, PATIENT) as found:
         yield found
 
 
