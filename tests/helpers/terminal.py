@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -27,6 +28,8 @@ class Terminal:
         fcntl.ioctl(self._other, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self._before = termios.tcgetattr(self._other)
         self.output = ""  # all of it, with its escapes
+        # a read may end in the middle of a letter
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.process = subprocess.Popen(
             words,
             cwd=cwd,
@@ -86,5 +89,5 @@ class Terminal:
         pause = min(0.2, max(0.0, deadline - time.monotonic()))
         if not select.select([self._main], [], [], pause)[0]:
             return False
-        self.output += os.read(self._main, 65536).decode("utf-8", "replace")
+        self.output += self._decoder.decode(os.read(self._main, 65536))
         return True
