@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import psutil
 
 from mopd.serving import guard
+from mopd.serving.address import free_ports
 from mopd.serving.vllm_command import SMALL_CPU, server_environment, server_words
 from tests.helpers.missing import missing
 
@@ -91,7 +91,7 @@ def run_vllm_server(
         port: of an earlier server that this one replaces; None takes a free one.
         sampling: takes weights and samples, as the servers of rollout.backend.
     """
-    port = free_port() if port is None else port
+    port = free_ports(1)[0] if port is None else port
     words = server_words(
         model_dir, host="127.0.0.1", port=port, more=more, scoring=True, sampling=sampling
     )
@@ -131,13 +131,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     process.stdin.close()
     process.wait(timeout=30)
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _wait_until_ready(server: VllmServer, *, deadline: float) -> None:
