@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -129,7 +130,7 @@ def save_on_a_bad_disk(
     fault_points.install(broken)
     try:
         saver.save({"step": 20})
-        for step in range(200):  # the loop goes on until it is told
+        for step in itertools.count():  # the loop goes on until it is told
             advance(student, run, range(step, step + 1))
             saver.check()
     except ArtifactError as error:
