@@ -27,6 +27,7 @@ IGNORED_WARNINGS = (
     # torch 2.13 renamed the collectives that megatron's sequence parallelism calls.
     ("`torch.distributed.(reduce_scatter|all_gather_into)_tensor`", FutureWarning),
 )
+_START_SECONDS = 120.0  # for new workers to import what every function needs
 _GRACE_SECONDS = 3.0  # for the other ranks to report, once one has failed
 
 
@@ -41,7 +42,8 @@ def run_ranks(
 
     `function` is a top-level function of an importable module that calls
     `mopd.student.parallel.initialize`. Arguments and results are pickled. Raises RankError when a
-    rank fails and TimeoutError when the deadline passes; then the workers are replaced.
+    rank fails and TimeoutError when the deadline passes; then the workers are replaced. What new
+    workers take to start does not count.
     """
     name = f"{function.__module__}:{function.__qualname__}"
     return _POOL.run(name, world_size, args, timeout)
@@ -53,11 +55,15 @@ class _Pool:
         self._store: Any = None
 
     def run(self, name: str, world_size: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
-        self._start(world_size)
-        for rank, (_, pipe) in enumerate(self._workers[:world_size]):
-            request = (name, args, self._environment(rank, world_size), timeout)
-            pipe.send_bytes(pickle.dumps(request))
-        replies = self._collect(world_size, time.monotonic() + timeout)
+        try:
+            self._start(world_size)
+            for rank, (_, pipe) in enumerate(self._workers[:world_size]):
+                request = (name, args, self._environment(rank, world_size), timeout)
+                pipe.send_bytes(pickle.dumps(request))
+            replies = self._collect(world_size, time.monotonic() + timeout)
+        except BaseException:  # as a test's own timeout: the next call would read these replies
+            self.close()
+            raise
         failed = {rank: text for rank, (ok, text) in replies.items() if not ok}
         if failed:
             self.close()
@@ -81,12 +87,18 @@ class _Pool:
         # A store per call: ranks would read the addresses that an earlier call left behind.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
+        before = len(self._workers)
         while len(self._workers) < count:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()  # so that a dead worker reads as the end of the pipe
             self._workers.append((process, ours))
+        deadline = time.monotonic() + _START_SECONDS
+        for _, pipe in self._workers[before:]:
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"a worker did not start in {_START_SECONDS} s")
+            pipe.recv_bytes()
 
     def _environment(self, rank: int, world_size: int) -> dict[str, str]:
         """What torchrun would set; the pool plays the agent, whose store outlives the workers."""
@@ -116,7 +128,8 @@ class _Pool:
 
 
 def _serve(pipe: Connection) -> None:
-    """A worker: requests in, `(ok, result or traceback)` out, until the pipe closes."""
+    """A worker: `ready` out, then requests in, `(ok, result or traceback)` out, until the pipe
+    closes."""
     # Before torch looks: the ranks talk gloo, also on machines with GPUs.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     import torch
@@ -125,6 +138,9 @@ def _serve(pipe: Connection) -> None:
     warnings.simplefilter("error")
     for message, category in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
+    import mopd.student.parallel  # noqa: F401  # it brings megatron in
+
+    pipe.send_bytes(b"ready")
     while True:
         try:
             name, args, environment, timeout = pickle.loads(pipe.recv_bytes())
