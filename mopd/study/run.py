@@ -62,16 +62,16 @@ def run_jobs(jobs: Sequence[Job], raw: Raw, known: Defaults, options: Options) -
     are too, each behind a checkpoint.
 
     Raises:
+        KeyboardInterrupt: this process was told to end, and its runs have.
         StudyError: another process, or a run that one left behind, works in the same directory.
     """
     with alone(options.work) as lock:
         runner = _Runner(jobs, raw, known, options, lock)
-        previous = signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            return runner.run()
-        finally:
-            runner.close()
-            signal.signal(signal.SIGTERM, previous)
+        with _signals(runner.interrupt):
+            try:
+                return runner.run()
+            finally:
+                runner.close()
 
 
 @contextmanager
@@ -89,8 +89,18 @@ def alone(work: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _signals(handler: Callable[..., None]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C for ``handler``; a SIGINT that is ignored stays so."""
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        numbers.append(signal.SIGINT)
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 class _Runner:
@@ -112,6 +122,14 @@ class _Runner:
         self._running: list[_Running] = []
         self._bad = 0
         self._seconds: list[float] = []
+        self._is_interrupted = self._is_ending = False
+
+    def interrupt(self, *_: object) -> None:
+        """A handler of signals. Raised anywhere, an interrupt would lose a run that was just
+        started, which nobody would end, or the result of one that just ended."""
+        self._is_interrupted = True
+        if self._is_ending:
+            raise KeyboardInterrupt
 
     def run(self) -> int:
         skipped = len(self._jobs) - self._total
@@ -119,15 +137,22 @@ class _Runner:
         while self._waiting or self._running:
             while len(self._running) < self._options.num_jobs and (job := self._next()):
                 self._start(job)
+                self._check()
             for running in list(self._running):
                 self._watch(running)
+            self._check()
             time.sleep(POLL_S if self._running else 0.0)
         return self._bad
 
+    def _check(self) -> None:
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+
     def close(self) -> None:
-        """Ends what still runs."""
+        """Ends what still runs; when all are told, an interrupt ends the wait for them."""
         for running in self._running:
             running.process.terminate()
+        self._is_ending = bool(self._running)
         deadline = time.monotonic() + GRACE_S
         for running in self._running:
             try:
