@@ -20,12 +20,13 @@ from tests.helpers.runs import ROOT, environment, words
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 MAIN = "import sys; from mopd.cli.main import main; sys.exit(main())"
+STEPS = 40  # so many that a run is not at its end by the time that it hears it is to stop
 
 
 @pytest.fixture(scope="module")
 def file(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("study")
-    common = words(tiny_world, directory, "none", train__steps=3, checkpoint__save_interval=1)
+    common = words(tiny_world, directory, "none", train__steps=STEPS, checkpoint__save_interval=2)
     study = {
         "name": "tiny",
         "seeds": [1, 2],
@@ -99,7 +100,7 @@ def test_a_study_is_stopped_continued_and_told(file: Path) -> None:
         assert f"broken-s{seed}" in found["orphan", seed]["error"]
         for arm in ("plain", "second"):
             one = found[arm, seed]
-            assert one["status"] == "done" and one["steps"] == 3 and one["first_loss"] > 0
+            assert one["status"] == "done" and one["steps"] == STEPS and one["first_loss"] > 0
             assert not (work / f"{arm}-s{seed}" / "checkpoints").exists()
             assert (work / f"{arm}-s{seed}" / "hf" / "config.json").exists()
         given = (work / f"second-s{seed}" / "config.yaml").read_text()
