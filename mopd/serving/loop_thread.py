@@ -95,8 +95,12 @@ class LoopThread:
                 return
             self._closed = True
             if self._thread.is_alive() and not self._is_ending:
-                self.loop.call_soon_threadsafe(self.loop.stop)
+                self.loop.call_soon_threadsafe(self._stop)
         self._thread.join(timeout=2 * CLOSE_S)
+
+    def _stop(self) -> None:
+        if not self._is_ending:  # else it would stop the end itself
+            self.loop.stop()
 
 
 async def _end_tasks() -> None:

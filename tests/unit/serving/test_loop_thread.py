@@ -90,6 +90,21 @@ def test_closing_releases_behind_the_last_task(thread: LoopThread, held: Held) -
         thread.run(held.work())
 
 
+def test_a_stop_that_comes_late_does_not_stop_the_end(thread: LoopThread, held: Held) -> None:
+    """Of a thread that ended by itself just when it was closed."""
+    asking, told = asked(thread, held)
+
+    def end() -> None:
+        thread.loop.call_soon(thread._stop)
+        sys.exit(3)
+
+    thread.loop.call_soon_threadsafe(end)
+    asking.join(5.0)
+    assert [type(error) for error in told] == [LoopEnded]
+    thread.close()
+    assert thread.loop.is_closed() and held.opened == 0
+
+
 def test_a_thread_that_ends_by_itself_is_told_and_releases(thread: LoopThread, held: Held) -> None:
     asking, told = asked(thread, held)
     thread.loop.call_soon_threadsafe(sys.exit, 3)
