@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from mopd.serving import guard as shipped
+from tests.helpers.small_server import is_gone
 from tests.helpers.vllm_server import stop
 
 GUARD = shipped.__file__
@@ -37,7 +38,7 @@ time.sleep(60)
 def wait_until_gone(pid: int, *, seconds: float = 15.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        if is_gone(pid):
             return True
         time.sleep(0.05)
     return False
