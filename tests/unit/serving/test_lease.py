@@ -75,7 +75,8 @@ def test_those_who_wait_come_in_the_order_of_asking(path: Path) -> None:
     for number in range(5):
         threads.append(threading.Thread(target=take, args=(number,)))
         threads[-1].start()
-        wait_until(lambda n=number: len(os.listdir(f"{path}.queue")) == n + 1)
+        # a hidden name is that of a place which is not taken yet
+        wait_until(lambda n=number: len([*Path(f"{path}.queue").glob("[0-9]*")]) == n + 1)
     holder.release()
     holder.acquire(wait_s=30.0)  # behind all of them, though it is first at the door
     order.append(99)
