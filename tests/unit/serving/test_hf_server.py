@@ -272,6 +272,7 @@ def test_a_trainer_reaches_a_server_at_an_outside_address(
 
 def test_what_is_under_way_when_a_server_closes_is_over_soon(model: PlainModel) -> None:
     """A broadcast whose trainer never begins would hold its thread for the whole deadline."""
+    before = mopd_threads()
     server = opened(model)
     server.start()
     size = model.tokenizer.vocabulary.size
@@ -285,7 +286,8 @@ def test_what_is_under_way_when_a_server_closes_is_over_soon(model: PlainModel) 
     while not store.check(["ready/1"]):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    before = mopd_threads()
+    own = mopd_threads() - before
+    assert len(own) == 2  # the one that serves, and the one that waits
     server.close()
-    assert len(before - mopd_threads()) == 2  # the one that serves, and the one that waited
+    assert not own & mopd_threads()
     client.close()
