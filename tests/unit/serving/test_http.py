@@ -39,7 +39,7 @@ def exchange(answer: Answer, **options: Any) -> bytes:
 
         listening = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = listening.sockets[0].getsockname()[1]
-        settings = {"deadline_s": 5.0, "connect_s": 1.0, "max_connections": 2} | options
+        settings = {"deadline_s": 30.0, "connect_s": 30.0, "max_connections": 2} | options
         server = HttpServer(f"http://127.0.0.1:{port}/", HttpOptions(**settings))
         try:
             return await server.request("GET", "/x", max_bytes=LIMIT)
