@@ -21,7 +21,8 @@ from tests.unit.rollout.test_vllm_faults import Hosts
 
 pytestmark = pytest.mark.usefixtures("made_up_params")
 TEXT = np.arange(5, 40)
-FAST = {"deadline_s": 1.0, "update_s": 20.0, "start_s": 20.0}
+# a deadline that a busy machine's pause does not outlast where a server is well
+FAST = {"deadline_s": 4.0, "update_s": 40.0, "start_s": 20.0}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_a_server_that_hangs_costs_one_short_deadline_and_comes_back(hosts: Host
             later = [step(version) for version in range(2, 8)]
             assert rows == 1 and {rows for rows, _ in later} == {1}
             # far below `update_s`; then all of six steps in less than six deadlines
-            assert first < 15.0 and sum(seconds for _, seconds in later) < 6 * FAST["deadline_s"]
+            assert first < 30.0 and sum(seconds for _, seconds in later) < 6 * FAST["deadline_s"]
             assert hung.asked >= 1 and sampler.events["timeout"] >= 1
         hosts.restart(1)
         end, version = time.monotonic() + 30.0, 8
