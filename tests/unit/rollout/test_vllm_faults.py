@@ -19,6 +19,7 @@ from tests.helpers.plain_model import PlainModel, prompts_of
 from tests.helpers.sample_engine import EngineOptions, SampleHost, make_up_params
 from tests.helpers.sampler_contract import held, ids_of
 from tests.helpers.samplers import PROMPTS, Mode, Site
+from tests.helpers.small_server import wait_until
 from tests.helpers.stub_server import StubServer
 
 pytestmark = pytest.mark.usefixtures("made_up_params")
@@ -95,11 +96,16 @@ def test_answers_are_shared_over_servers_and_the_same_as_from_one(
 def test_a_server_that_dies_hands_its_work_to_the_others(
     hosts: Hosts, answers: list[list[int]]
 ) -> None:
-    hosts.start(EngineOptions(slow_s=0.05))
+    slow = hosts.start(EngineOptions(slow_s=2.0))
     hosts.start()
+
+    def kill() -> None:
+        wait_until(lambda: slow.engine.running)
+        slow.stop()
+
     with hosts.site().sampler(batch_size=3) as sampler:
         sampler.load_weights(hosts.model.weights(0).items(), version=0)
-        killer = threading.Timer(0.15, hosts.live[0].stop)
+        killer = threading.Thread(target=kill)
         killer.start()
         assert ids_of(sampler.generate(MANY, step=0, version=0)) == answers
         killer.join()
@@ -157,12 +163,16 @@ def test_an_answer_that_overlaps_an_update_is_thrown_away(
     hosts: Hosts, answers: list[list[int]]
 ) -> None:
     """The engine does not wait for what is running, so tokens of two versions are in one answer."""
-    hosts.start(EngineOptions(slow_s=0.05, waits=False))
+    engine = hosts.start(EngineOptions(slow_s=0.5, waits=False)).engine
     with hosts.site().sampler() as mine, hosts.site().sampler() as other:
         mine.load_weights(hosts.model.weights(0).items(), version=0)
-        stranger = threading.Timer(
-            0.05, lambda: other.load_weights(hosts.model.weights(1).items(), version=0)
-        )
+
+        def overwrite() -> None:
+            wait_until(lambda: engine.running)
+            other.load_weights(hosts.model.weights(1).items(), version=0)
+            engine.options.slow_s = 0.0
+
+        stranger = threading.Thread(target=overwrite)
         stranger.start()
         assert ids_of(mine.generate(MANY, step=0, version=0)) == answers
         stranger.join()
