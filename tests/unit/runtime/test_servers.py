@@ -273,11 +273,12 @@ def test_what_fails_on_one_node_all_nodes_say(two_scripts: list[Path], tmp_path:
     assert first == second
     assert first["said"].startswith("teachers.b.backend: its vLLM server ended while it was")
     assert first["said"].endswith("(on node 1)") and "too large" in first["said"]
+    begun = len(starts(two_scripts[1]))  # the other one may be ended before it tells of its start
     names[1] = "/no/python"
     first, second = run_ranks(on_a_node, 2, names, str(tmp_path / "run"), [])
     assert first == second
     assert first["said"].startswith("MOPD_VLLM_PYTHON: /no/python is no interpreter")
-    assert len(starts(two_scripts[1])) == 2  # of the first try alone
+    assert len(starts(two_scripts[1])) == begun in (1, 2)  # of the first try alone
 
 
 TRAINER = """
@@ -320,7 +321,8 @@ def left_by_a_run(script: str, overrides: list[str]) -> tuple[str, list[int]]:
     [
         (TEACHER, {}, ""),
         (TEACHER, {"served_model": "other"}, "serves no model 'other'"),
-        (SCRIPT, {"server__args": "[--slow]", "start_s": 1}, "is not healthy after 1 s"),
+        # long enough for it to tell of its start
+        (SCRIPT, {"server__args": "[--slow]", "start_s": 5}, "is not healthy after 5 s"),
     ],
 )
 def test_servers_end_with_the_run_and_not_with_the_process(
