@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from mopd.metrics import announced as module
 from mopd.metrics.announced import announced
 
 
-def test_a_long_block_is_announced_and_ended() -> None:
+def test_a_long_block_is_announced_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a clock that stands still, as a busy machine's does not
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 7.0))
     said: list[str] = []
     heard = threading.Event()
 
