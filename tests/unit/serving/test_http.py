@@ -28,7 +28,10 @@ def exchange(answer: Answer, **options: Any) -> bytes:
     """What a client makes of one answer."""
 
     async def both() -> bytes:
+        serving: list[asyncio.Task[None] | None] = []
+
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            serving.append(asyncio.current_task())
             await reader.readuntil(b"\r\n\r\n")
             try:
                 await answer(writer)
@@ -46,6 +49,8 @@ def exchange(answer: Answer, **options: Any) -> bytes:
         finally:
             await server.close()
             listening.close()
+            # it hears that its client left; cancelled before, it would keep a full socket open
+            await asyncio.gather(*filter(None, serving))
 
     return asyncio.run(both())
 
