@@ -47,7 +47,11 @@ class ServeProcess:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> ServeProcess:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.kill()  # a process that stays would fail a later test
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -37,8 +37,12 @@ class StubProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> StubProcess:
-        self.start()
-        self.wait()
+        try:
+            self.start()
+            self.wait()
+        except BaseException:
+            self.kill()  # a process that stays would fail a later test
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
