@@ -37,15 +37,19 @@ def kill_after(
     lines: int, recipe_words: list[str], run: Path, how: signal.Signals = signal.SIGKILL
 ) -> tuple[int, str]:
     """Starts the run and sends ``how`` once it has logged ``lines`` steps; exit code and stderr."""
-    process = start("mopd_ctkd", recipe_words)
-    deadline = time.monotonic() + 120
-    metrics = run / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    process = start("mopd_ctkd", recipe_words, hold=(lines + 4, run / "never"))
+    try:
+        deadline = time.monotonic() + 120
+        metrics = run / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     return process.returncode, errors
 
 

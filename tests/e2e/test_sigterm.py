@@ -17,7 +17,7 @@ from mopd.errors import Stopped
 from mopd.student.checkpoint import list_checkpoints, verify
 from tests.faults import kills
 from tests.helpers.dist import run_ranks
-from tests.helpers.runs import summary, train_here, words
+from tests.helpers.runs import held, summary, train_here, words
 
 pytestmark = [pytest.mark.dist, pytest.mark.e2e]
 
@@ -45,11 +45,14 @@ def stopped_here(overrides: list[str], run: str, by: int) -> int:
         while kills.steps_of(Path(run)) < 3:
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGTERM)
+        told.touch()
 
+    told = Path(run) / "told"
     if int(os.environ["RANK"]) == by:
         threading.Thread(target=tell, daemon=True).start()
     try:
-        train_here("mopd_ctkd", overrides)
+        with held(STEPS - 4, told):
+            train_here("mopd_ctkd", overrides)
     except Stopped as stopped:
         assert not dist.is_initialized()
         return int(str(stopped).split("step ")[1].split(",")[0])

@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from mopd.demo import World
 
@@ -64,12 +68,55 @@ def launch(recipe: str, overrides: list[str], *, timeout: float = 240.0) -> Any:
     )
 
 
+@contextmanager
+def held(steps: int, until: Path) -> Iterator[None]:
+    """Runs of this process wait behind their ``steps``-th step until the file is there: whoever
+    interferes with one on its way comes in time, however late."""
+    from mopd.runtime import loop
+
+    log_step, logged = loop.log_step, []
+
+    def log(*args: Any, **options: Any) -> None:
+        log_step(*args, **options)
+        logged.append(1)
+        while len(logged) == steps and not until.exists():
+            time.sleep(0.01)
+
+    with patch.object(loop, "log_step", log):
+        yield
+
+
+HELD = """
+import sys
+from pathlib import Path
+from tests.helpers.runs import held
+
+sys.path.insert(0, "launch")
+from train import main
+
+steps, until, *words = sys.argv[1:]
+with held(int(steps), Path(until)):
+    sys.exit(main(words))
+"""
+
+
 def start(
-    recipe: str, overrides: list[str], *, stdout: int = subprocess.DEVNULL
+    recipe: str,
+    overrides: list[str],
+    *,
+    stdout: int = subprocess.DEVNULL,
+    hold: tuple[int, Path] | None = None,
 ) -> subprocess.Popen[str]:
-    """Starts ``launch/train.py``; stderr is kept, stdout is not unless it is asked for."""
+    """Starts ``launch/train.py``; stderr is kept, stdout is not unless it is asked for.
+
+    Args:
+        hold: of `held`.
+    """
+    words = command(recipe, overrides)
+    if hold is not None:
+        words = [sys.executable, "-c", HELD, *map(str, hold), *words[2:]]
     return subprocess.Popen(
-        command(recipe, overrides),
+        words,
         cwd=ROOT,
         env=environment(),
         stdout=stdout,

@@ -16,9 +16,11 @@ RUN_SECONDS = 280.0
 
 
 @contextmanager
-def running(recipe: str, overrides: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A run with its output; it does not outlive the block."""
-    process = start(recipe, overrides, stdout=subprocess.PIPE)
+def running(
+    recipe: str, overrides: list[str], *, hold: tuple[int, Path]
+) -> Iterator[subprocess.Popen[str]]:
+    """A run with its output, held on its way; it does not outlive the block."""
+    process = start(recipe, overrides, stdout=subprocess.PIPE, hold=hold)
     try:
         yield process
     finally:
