@@ -33,9 +33,14 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     names = list(CONTROLS)
     for pair in (names[:2], names[2:]):
         processes = {name: begin(name, directory, world) for name in pair}
-        for name, process in processes.items():
-            _, errors = process.communicate(timeout=600)
-            results[name] = (process.returncode, errors, summary(directory / name))
+        try:
+            for name, process in processes.items():
+                _, errors = process.communicate(timeout=600)
+                results[name] = (process.returncode, errors, summary(directory / name))
+        finally:
+            for process in processes.values():
+                process.kill()
+                process.communicate()
     return results
 
 

@@ -8,6 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,10 @@ def file(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def begin(file: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def begun(file: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """A study; it does not outlive the block, nor do its runs where it can still tell them."""
+    process = subprocess.Popen(
         [
             sys.executable,
             "-c",
@@ -67,6 +71,15 @@ def begin(file: Path, *more: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+        process.kill()
+        process.communicate()
 
 
 def results(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -78,19 +91,20 @@ def results(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 def test_a_study_is_stopped_continued_and_told(file: Path) -> None:
     work = file.parent / "runs" / "study-tiny"
-    first = begin(file)
-    deadline = time.monotonic() + 200
-    while not list((work / "plain-s1").glob("checkpoints/step-*")):
-        assert time.monotonic() < deadline and first.poll() is None, first.communicate()
-        time.sleep(0.05)
-    first.send_signal(signal.SIGTERM)
-    _, said = first.communicate(timeout=120)
+    with begun(file) as first:
+        deadline = time.monotonic() + 200
+        while not list((work / "plain-s1").glob("checkpoints/step-*")):
+            assert first.poll() is None, first.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        first.send_signal(signal.SIGTERM)
+        _, said = first.communicate(timeout=120)
     assert first.returncode == 130 and "goes on" in said
     before = results(file)
     assert ("second", 2) not in before
 
-    second = begin(file)
-    out, errors = second.communicate(timeout=400)
+    with begun(file) as second:
+        out, errors = second.communicate(timeout=400)
     assert second.returncode == 1, errors  # two arms failed
     found = results(file)
     assert len(found) == 8
@@ -117,8 +131,8 @@ def test_a_study_is_stopped_continued_and_told(file: Path) -> None:
     mean = f"{100 * statistics.mean(values):.1f} ± {deviation:.1f} ({low}-{high})"
     assert row.split(" | ")[1] == mean and row.endswith("| 2 of 2 |")
 
-    third = begin(file, "--only", "plain", "--json")
-    out, errors = third.communicate(timeout=60)
+    with begun(file, "--only", "plain", "--json") as third:
+        out, errors = third.communicate(timeout=60)
     assert third.returncode == 0 and "0 runs to make" in errors  # what is done stays done
     assert len(json.loads(out)["runs"]) == 8
 
@@ -129,8 +143,8 @@ def test_a_run_over_the_limit_is_stopped_and_told(file: Path) -> None:
     study.arms = {"plain": study.arms.plain}
     path = file.parent / "short.yaml"
     OmegaConf.save(study, path)
-    process = begin(path)
-    _, errors = process.communicate(timeout=200)
+    with begun(path) as process:
+        _, errors = process.communicate(timeout=200)
     assert process.returncode == 1, errors
     raw = (file.parent / "runs" / "study-short" / "raw.jsonl").read_text()
     (one,) = [json.loads(line) for line in raw.splitlines()]
