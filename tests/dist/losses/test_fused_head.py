@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -62,7 +61,7 @@ CHUNKS = {"lambda_chunk": 0.7, "beta": 0.3}
 def test_shares_of_context_parallel_ranks_add_up(size, fused):
     results = shares(CHUNKS, size, fused)
     expected = one_process("ctkd", CHUNKS)
-    for number, whole in enumerate(expected):
+    for number, alone in enumerate(expected):
         got = torch.stack([result[number] for result in results]).sum(dim=0)
-        torch.testing.assert_close(got, whole, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(got, alone, rtol=1e-9, atol=1e-10)
         assert all(result[number].any() for result in results)

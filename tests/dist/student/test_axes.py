@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,8 +143,6 @@ def forwards_of_attention(run: Run) -> int:
 @pytest.mark.parametrize("granularity", ["full", "selective"])
 def test_recomputation_runs_the_attention_twice(models: dict[str, str], granularity: str) -> None:
     plain = Run(model_dir=models["qwen3"])
-    again = Run(
-        model_dir=models["qwen3"], student={"recompute": {"granularity": granularity}}
-    )
+    again = Run(model_dir=models["qwen3"], student={"recompute": {"granularity": granularity}})
     (once,), (twice,) = (run_ranks(forwards_of_attention, 1, run) for run in (plain, again))
     assert twice == 2 * once > 0

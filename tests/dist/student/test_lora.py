@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from mopd.config.adapter import check_adapter
 from mopd.config.schema import LoraSection, OptimizerSection
 from mopd.student import adapter_io
-from mopd.student import model as student_model
 from mopd.student.hf_io import iter_hf_weights
 from mopd.student.lora import adapter_off
 from mopd.student.step import StepResult

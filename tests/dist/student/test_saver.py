@@ -21,8 +21,8 @@ import torch
 
 from mopd import fault_points
 from mopd.errors import ArtifactError
-from mopd.storage.manifest import problem
 from mopd.storage import manifest
+from mopd.storage.manifest import problem
 from mopd.student import checkpoint
 from mopd.student.checkpoint import Saver, find_latest, list_checkpoints, verify
 from mopd.student.save_job import SaveJob

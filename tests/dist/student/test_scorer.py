@@ -148,9 +148,7 @@ def test_replicas_score_their_own_texts(
 @pytest.mark.parametrize("name", ["one", "tp2-pp2"])
 def test_weights_are_in_host_memory_between_uses(models: dict[str, str], name: str) -> None:
     layout = LAYOUTS[name]
-    ranks = run_ranks(
-        frozen.score_offloaded, layout.world_size, models["qwen3"], layout, options()
-    )
+    ranks = run_ranks(frozen.score_offloaded, layout.world_size, models["qwen3"], layout, options())
     for sizes, _ in ranks:
         assert sizes[0] == sizes[2] == sizes[4] == 0
         assert sizes[1] == sizes[3] > 0
