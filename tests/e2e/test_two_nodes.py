@@ -13,9 +13,11 @@ import pytest
 
 from mopd.demo import World
 from mopd.serving.address import free_ports
+from tests.faults.kills import steps_of
 from tests.helpers.runs import ROOT, environment, step_lines, words
 from tests.helpers.small_server import (
     TEACHER,
+    holds,
     kill_group,
     left_over,
     small_server,
@@ -76,6 +78,7 @@ def test_a_run_on_two_nodes_outlives_a_server_of_one(
     )
     (port,) = free_ports(1)
     run = tmp_path / "x"
+    holds(scripts[1], run / "metrics.jsonl")
     with ExitStack() as opened:
         agents = [
             agent(node, port=port, script=script, overrides=overrides)
@@ -85,12 +88,12 @@ def test_a_run_on_two_nodes_outlives_a_server_of_one(
             opened.callback(one.wait)
             opened.callback(one.kill)
         deadline = time.monotonic() + RUN_SECONDS
-        while not (run / "metrics.jsonl").exists() or not step_lines(run):
+        while not steps_of(run):
             assert all(one.poll() is None for one in agents), [one.communicate() for one in agents]
             assert time.monotonic() < deadline
             time.sleep(0.02)
         kill_group(starts(scripts[1])[0]["pid"])
-        assert len(step_lines(run)) < STEPS
+        assert steps_of(run) < STEPS
         said = [one.communicate(timeout=RUN_SECONDS)[0] for one in agents]
     assert [one.returncode for one in agents] == [0, 0], said
 

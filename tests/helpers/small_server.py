@@ -46,12 +46,14 @@ host = words[words.index("--host") + 1] if "--host" in words else "127.0.0.1"
 http.server.ThreadingHTTPServer((host, port), Handler).serve_forever()
 """
 
-# The same with scores: the stub server around the model that the words name.
+# The same with scores: the stub server around the model that the words name. The first one gives no
+# more answers once the file that `holds` names has a line.
 TEACHER = """#!{python}
-import json, os, sys, time
+import asyncio, json, os, sys, time
 
 sys.path.insert(0, {root!r})
 words = sys.argv[1:]
+is_first = not os.path.exists(__file__ + ".starts")
 with open(__file__ + ".starts", "a") as file:
     file.write(json.dumps({{"pid": os.getpid(), "child": os.getpid(), "words": words}}) + "\\n")
 
@@ -62,7 +64,22 @@ from tests.helpers.stub_server import StubOptions, StubServer
 model = words[words.index("--model") + 1]
 size = ChatTokenizer.load(model).vocabulary.size
 port = int(words[words.index("--port") + 1])
-options = StubOptions(key=os.environ["VLLM_API_KEY"])
+
+
+async def no_answer(writer, reply):
+    await asyncio.sleep(300)
+    return False
+
+
+def fault(number, request):
+    if not is_first or not os.path.exists(__file__ + ".holds"):
+        return None
+    with open(__file__ + ".holds") as file:
+        named = file.read()
+    return no_answer if os.path.exists(named) and os.path.getsize(named) else None
+
+
+options = StubOptions(key=os.environ["VLLM_API_KEY"], fault=fault)
 host = words[words.index("--host") + 1]
 with StubServer(ModelScorer(model, vocab_size=size), options, host=host, port=port):
     time.sleep(300)
@@ -90,6 +107,12 @@ def small_server(directory: Path, *, script: str = SCRIPT) -> Path:
     path.write_text(script.format(python=sys.executable, root=str(ROOT)))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
+
+
+def holds(server: Path, file: Path) -> None:
+    """A run that writes to ``file`` waits for the server from its first line on: no pause of the
+    test outlasts it."""
+    Path(f"{server}.holds").write_text(str(file))
 
 
 def starts(server: Path) -> list[dict[str, Any]]:
