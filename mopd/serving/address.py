@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import random
 import socket
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 LOOPBACK = "127.0.0.1"
@@ -72,7 +73,19 @@ def is_free(host: str, port: int) -> bool:
 
 
 def free_ports(count: int, *, host: str = LOOPBACK) -> list[int]:
-    """Different ports of ``host`` that nobody listens on at this moment.
+    """Different ports of ``host`` that nobody listens on, or holds, at this moment.
+
+    Raises:
+        OSError: ``host`` is no address of this machine.
+    """
+    with held_ports(count, host=host) as found:
+        return found
+
+
+@contextlib.contextmanager
+def held_ports(count: int, *, host: str = LOOPBACK) -> Iterator[list[int]]:
+    """Such ports, which nobody else is given within. Servers can listen there meanwhile: they reuse
+    addresses.
 
     Raises:
         OSError: ``host`` is no address of this machine.
@@ -84,6 +97,7 @@ def free_ports(count: int, *, host: str = LOOPBACK) -> list[int]:
             if len(found) == count:
                 break
             with contextlib.suppress(OSError):
-                held.enter_context(bound(host, port))
+                one = held.enter_context(bound(host, port))
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 found.append(port)
-    return found
+        yield found

@@ -19,7 +19,7 @@ from mopd.runtime.nodes import Engine
 from mopd.runtime.ray.rank import Place, enter, place, wait_until_gone
 from mopd.runtime.ray.relay import Line, Printed
 from mopd.runtime.served import FOLDER, IMPORTS, server_launch
-from mopd.serving.address import free_ports
+from mopd.serving.address import held_ports
 from mopd.serving.launch import ServerProcess, importable
 from mopd.serving.lease import DeviceLease, lease_path
 
@@ -70,13 +70,17 @@ class EngineHost:
         self._directory = directory
         self._closed = threading.Event()
         self._ready = threading.Event()
+        self._held = ExitStack()
 
     def settle(self, address: str | None, count: int) -> tuple[Place, str, tuple[int, ...]]:
-        """Where it is, what its engines bind to (None: its node's address), and as many ports that
-        are free at this moment."""
-        here = place()
+        """Where it is, what its engines bind to (None: its node's address), and as many free ports.
+
+        They stay free until the engines listen, which have to load their models first: ranks and
+        other hosts are looking for ports meanwhile.
+        """
+        here = place(self._held)
         bound = address or here.address
-        return here, bound, tuple(free_ports(count, host=bound))
+        return here, bound, tuple(self._held.enter_context(held_ports(count, host=bound)))
 
     def serve(self, job: HostJob) -> Ending:
         """Until `close`; an engine that cannot be started, or stays away, ends it early."""

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import psutil
@@ -15,7 +16,7 @@ from mopd.config.schema import RunConfig
 from mopd.errors import ConfigError
 from mopd.runtime.exits import Ending, ending_of
 from mopd.runtime.ray.relay import Line, Printed
-from mopd.serving.address import free_ports
+from mopd.serving.address import held_ports
 
 GONE_S = 20.0  # for processes of an earlier try to disappear
 
@@ -27,7 +28,7 @@ class Place:
     address: str  # of its node
     pid: int
     devices: tuple[str, ...]  # ids of the accelerators that Ray gave it
-    port: int  # free at this moment
+    port: int  # kept free for this process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +50,10 @@ class StudentRank:
         self._printed = Printed()
         self._directory = directory
         self._stop = threading.Event()
+        self._held = ExitStack()
 
     def place(self) -> Place:
-        return place()
+        return place(self._held)
 
     def run(self, job: RankJob) -> Ending:
         """Trains to the end, or to the first trouble."""
@@ -81,9 +83,9 @@ class StudentRank:
         return self._printed.take()
 
 
-def place() -> Place:
-    """Of this process."""
-    (port,) = free_ports(1, host="")  # of all addresses
+def place(held: ExitStack) -> Place:
+    """Of this process; its port is kept until ``held`` is closed, or the process ends."""
+    (port,) = held.enter_context(held_ports(1, host=""))  # of all addresses
     given = ray.get_runtime_context().get_accelerator_ids()
     devices = next((ids for ids in given.values() if ids), [])
     return Place(

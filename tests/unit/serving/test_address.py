@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mopd.serving import address
 from mopd.serving.address import (
     LOOPBACK,
     PORTS,
@@ -15,6 +16,7 @@ from mopd.serving.address import (
     base_url,
     bound,
     free_ports,
+    held_ports,
     is_free,
 )
 from tests.helpers.runs import ROOT
@@ -66,6 +68,18 @@ def test_ports_are_those_of_one_address() -> None:
     assert len(set(ports)) == 3 and set(ports) <= set(PORTS)
     with pytest.raises(OSError):
         free_ports(1, host="192.0.2.77")  # RFC 5737: nobody's
+
+
+@pytest.mark.parametrize("host", [LOOPBACK, ""])
+def test_a_held_port_is_for_its_server_alone(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address, "PORTS", free_ports(3))
+    with held_ports(2, host=host) as held:
+        (other,) = free_ports(3)  # there are no more
+        assert {other, *held} == set(address.PORTS)
+        with bound(LOOPBACK, held[0], reuse=True) as server:
+            server.listen()
+            socket.create_connection((LOOPBACK, held[0])).close()
+    assert held[1] in free_ports(3)
 
 
 def test_vllms_interpreter_and_an_actor_can_import_it() -> None:
