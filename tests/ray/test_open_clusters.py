@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import socket
 from collections.abc import Iterator
@@ -59,8 +60,9 @@ def test_one_with_a_token(ray_address: str) -> None:
 
 
 def _port_of_rays_workers() -> int:
-    """A free one in the range that Ray has for them by default."""
-    return next(port for port in range(18_100, 20_000) if is_free(LOOPBACK, port))
+    """A free one in the range that Ray has for them by default. Drawn: other suites look, too."""
+    ports = random.SystemRandom().sample(range(18_100, 20_000), 1_900)
+    return next(port for port in ports if is_free(LOOPBACK, port))
 
 
 def test_a_ray_of_this_host_may_have_any_port(monkeypatch: pytest.MonkeyPatch) -> None:
