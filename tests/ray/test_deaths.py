@@ -11,7 +11,8 @@ import pytest
 
 from mopd.demo import World
 from tests.helpers.ray_runs import none_left, processes, wait_for_step, words
-from tests.helpers.runs import launch, start, step_lines, summary
+from tests.helpers.runs import launch, step_lines, summary
+from tests.helpers.started import running
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
 
@@ -33,12 +34,18 @@ def _words(world: World, directory: Path, name: str, address: str) -> list[str]:
     )
 
 
-def _kill(run: Path, victim: str) -> None:
-    deadline = time.monotonic() + 60.0
-    while not (pids := [pid for name, pid in processes(run).items() if name.startswith(victim)]):
+def _kill(run: Path, victim: str) -> set[int]:
+    """All processes of the run as they were before."""
+    deadline = time.monotonic() + 120.0
+    while True:
+        found = processes(run)
+        pids = [pid for name, pid in found.items() if name.startswith(victim)]
+        if pids:
+            break
         assert time.monotonic() < deadline, f"{victim} does not start"
         time.sleep(0.02)
     os.kill(pids[0], signal.SIGKILL)
+    return set(found.values())
 
 
 def _counted(run: Path) -> list[dict[str, object]]:
@@ -56,16 +63,12 @@ def test_a_run_survives_every_kind_of_actor(
     clean = launch("mopd_ctkd", _words(tiny_world, tmp_path, "clean", ray_address))
     assert clean.returncode == 0, clean.stderr
     run = tmp_path / "killed"
-    process = start("mopd_ctkd", _words(tiny_world, tmp_path, "killed", ray_address))
     met: set[int] = set()
-    try:
+    with running("mopd_ctkd", _words(tiny_world, tmp_path, "killed", ray_address)) as process:
         for step, victim in VICTIMS.items():
             wait_for_step(run, step, process, seconds=120)
-            _kill(run, victim)
-            met |= set(processes(run).values())
+            met |= _kill(run, victim)
         _, said = process.communicate(timeout=240)
-    finally:
-        process.kill()
     assert process.returncode == 0, said
     met |= set(processes(run).values())
     assert len(met) >= 5 + 2 + 3  # everybody twice
@@ -87,10 +90,10 @@ def test_sigterm_saves_and_the_same_command_continues(
         train__steps=40,
         checkpoint__save_interval=100,
     )
-    process = start("mopd_ctkd", overrides)
-    wait_for_step(tmp_path / "stopped", 2, process, seconds=120)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    with running("mopd_ctkd", overrides) as process:
+        wait_for_step(tmp_path / "stopped", 2, process, seconds=120)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
     assert process.returncode == 143
     assert list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
 
