@@ -16,7 +16,7 @@ from tests.helpers.started import running
 
 pytestmark = [pytest.mark.ray, pytest.mark.e2e]
 
-STEPS, INTERVAL = 12, 4
+STEPS, INTERVAL = 16, 4  # the last ones are for a pause of this test before it kills
 # After so many steps. Before the first one, an actor that loads its model.
 VICTIMS = {0: "teachers.upper", 2: "teachers.sort", 5: "rollout", 9: "rank 1"}
 
