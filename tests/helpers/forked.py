@@ -81,6 +81,8 @@ def _run_all(trainers: list[Trainer]) -> list[Ended]:
 def _run_one(trainer: Trainer) -> Ended:
     trainer.run.parent.mkdir(parents=True, exist_ok=True)
     outputs = [trainer.run.parent / f"{trainer.run.name}.{name}" for name in ("out", "err")]
+    for path in outputs:
+        path.write_bytes(b"")  # a kill may come before the child opens it
     child = os.fork()
     if child == 0:
         code = 99
