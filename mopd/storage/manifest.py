@@ -86,6 +86,8 @@ def find_latest(directory: Path) -> Path | None:
             return steps[max(reachable)]
         if not steps and (directory / f"{name}.part").is_dir():
             return None  # a crash in between, at the first checkpoint
+    if pointer.read_text(encoding="utf-8", errors="replace").strip() != name:
+        return find_latest(directory)  # a run saves meanwhile, and has pruned what it named
     raise ArtifactError(
         f"{pointer} names {name!r}, and there is no checkpoint of that step or before; write the "
         f"name of another checkpoint into it, or delete it to start afresh"
@@ -224,10 +226,11 @@ def _published(directory: Path) -> dict[int, Path]:
 
 def _describe(path: Path) -> CheckpointInfo:
     manifest: dict[str, Any] = {}
-    trouble = None
+    trouble, saved = None, None
     try:
         manifest = read_manifest(path)
-    except (ArtifactError, ValueError, KeyError, TypeError) as error:
+        saved = (path / MANIFEST).stat().st_mtime  # a run beside us may prune it any time
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError) as error:
         trouble = str(error)
     return CheckpointInfo(
         path=path,
@@ -235,7 +238,7 @@ def _describe(path: Path) -> CheckpointInfo:
         score=manifest.get("score"),
         layout=manifest.get("layout", {}),
         size=sum(entry["size"] for entry in manifest.get("files", {}).values()),
-        saved=None if trouble else (path / MANIFEST).stat().st_mtime,
+        saved=saved,
         problem=trouble,
     )
 
