@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -84,8 +85,8 @@ def free_ports(count: int, *, host: str = LOOPBACK) -> list[int]:
 
 @contextlib.contextmanager
 def held_ports(count: int, *, host: str = LOOPBACK) -> Iterator[list[int]]:
-    """Such ports, which nobody else is given within. Servers can listen there meanwhile: they reuse
-    addresses.
+    """Such ports, which on Linux nobody else is given within. Servers can listen there meanwhile:
+    they reuse addresses. Other systems would not let them, so there nothing is held.
 
     Raises:
         OSError: ``host`` is no address of this machine.
@@ -100,4 +101,6 @@ def held_ports(count: int, *, host: str = LOOPBACK) -> Iterator[list[int]]:
                 one = held.enter_context(bound(host, port))
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 found.append(port)
+        if sys.platform != "linux":
+            held.close()
         yield found

@@ -64,7 +64,9 @@ def step_of(path: Path) -> int:
 
 def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
     """The published checkpoints, oldest first. Nothing is verified."""
-    return [_describe(path) for _, path in sorted(_published(directory).items())]
+    found = [_describe(path) for _, path in sorted(_published(directory).items())]
+    # one that a run beside us has pruned meanwhile is no damaged one
+    return [info for info in found if info.problem is None or info.path.is_dir()]
 
 
 def find_latest(directory: Path) -> Path | None:
@@ -229,7 +231,7 @@ def _describe(path: Path) -> CheckpointInfo:
     trouble, saved = None, None
     try:
         manifest = read_manifest(path)
-        saved = (path / MANIFEST).stat().st_mtime  # a run beside us may prune it any time
+        saved = (path / MANIFEST).stat().st_mtime
     except (ArtifactError, OSError, ValueError, KeyError, TypeError) as error:
         trouble = str(error)
     return CheckpointInfo(

@@ -27,7 +27,7 @@ IGNORED_WARNINGS = (
     # torch 2.13 renamed the collectives that megatron's sequence parallelism calls.
     ("`torch.distributed.(reduce_scatter|all_gather_into)_tensor`", FutureWarning),
 )
-_START_SECONDS = 120.0  # for new workers to import what every function needs
+_START_SECONDS = 240.0  # for new workers to import what every function needs
 _GRACE_SECONDS = 3.0  # for the other ranks to report, once one has failed
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mopd.errors import ArtifactError
+from mopd.storage import manifest
 from mopd.student import checkpoint
 from mopd.student.checkpoint import Saver, find_latest, list_checkpoints
 from mopd.student.shard_files import PieceReader
@@ -205,6 +206,33 @@ def test_latest_that_points_nowhere(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("stfp-000007")
     with pytest.raises(ArtifactError, match="no checkpoint of that step"):
         find_latest(tmp_path)
+
+
+def test_a_run_beside_saves_and_prunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gone when it is looked at is neither damaged nor pointed to."""
+    for step in (3, 5):
+        (tmp_path / f"step-{step:06}").mkdir()
+    read_manifest, published = manifest.read_manifest, manifest._published
+
+    def read(path: Path) -> dict[str, Any]:
+        if path.name == "step-000003":
+            path.rmdir()
+        return read_manifest(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest, "read_manifest", read)
+        (listed,) = list_checkpoints(tmp_path)
+    assert listed.step == 5 and listed.problem is not None
+
+    def look(directory: Path) -> dict[int, Path]:
+        if (directory / "step-000005").exists():
+            (directory / "step-000005").rename(directory / "step-000007")
+            (directory / "latest").write_text("step-000007")
+        return published(directory)
+
+    (tmp_path / "latest").write_text("step-000005")
+    monkeypatch.setattr(manifest, "_published", look)
+    assert find_latest(tmp_path) == tmp_path / "step-000007"
 
 
 class Learned:

@@ -70,6 +70,7 @@ def test_ports_are_those_of_one_address() -> None:
         free_ports(1, host="192.0.2.77")  # RFC 5737: nobody's
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system shares a held port")
 @pytest.mark.parametrize("host", [LOOPBACK, ""])
 def test_a_held_port_is_for_its_server_alone(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address, "PORTS", free_ports(3))
