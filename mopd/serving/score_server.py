@@ -83,6 +83,8 @@ class ScoreServer(ThreadingHTTPServer):
 
     daemon_threads = True  # a connection that hangs must not hold the process
     allow_reuse_address = True  # a server that is started again takes its port at once
+    # All ranks connect at once; whom a queue of five turns away comes again a second later.
+    request_queue_size = 1024
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,16 @@ def test_a_client_that_says_nothing_holds_nobody_up(scorer: TransformersScorer) 
             assert call(server, "POST", SCORE_PATH, body(scorer))[0] == 200
         finally:
             silent.close()
+
+
+def test_many_clients_may_come_at_once(scorer: TransformersScorer) -> None:
+    """Before the server takes the first of them."""
+    with ExitStack() as opened:
+        server = ScoreServer("127.0.0.1", 0, scorer=scorer, token=None)
+        opened.callback(server.server_close)
+        for _ in range(64):
+            one = socket.create_connection(server.server_address[:2], timeout=20.0)  # type: ignore[arg-type]
+            opened.callback(one.close)
 
 
 def test_a_failing_engine_is_a_500_and_tells_nothing(
