@@ -17,9 +17,9 @@ RUN_SECONDS = 280.0
 
 @contextmanager
 def running(
-    recipe: str, overrides: list[str], *, hold: tuple[int, Path]
+    recipe: str, overrides: list[str], *, hold: tuple[int, Path] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """A run with its output, held on its way; it does not outlive the block."""
+    """A run with its output; it does not outlive the block. ``hold`` is that of `start`."""
     process = start(recipe, overrides, stdout=subprocess.PIPE, hold=hold)
     try:
         yield process
