@@ -67,7 +67,7 @@ class LoopThread:
             LoopEnded: and what the coroutine or ``watch`` raises.
         """
         with self._lock:
-            if self._closed or self._is_ending or not self._thread.is_alive():
+            if self._closed or self._is_ending:
                 work.close()
                 raise LoopEnded
             future = asyncio.run_coroutine_threadsafe(work, self.loop)
@@ -94,7 +94,7 @@ class LoopThread:
             if self._closed:
                 return
             self._closed = True
-            if self._thread.is_alive() and not self._is_ending:
+            if not self._is_ending:
                 self.loop.call_soon_threadsafe(self._stop)
         self._thread.join(timeout=2 * CLOSE_S)
 

@@ -61,17 +61,16 @@ class _Pool:
                 request = (name, args, self._environment(rank, world_size), timeout)
                 pipe.send_bytes(pickle.dumps(request))
             replies = self._collect(world_size, time.monotonic() + timeout)
-        except BaseException:  # as a test's own timeout: the next call would read these replies
+            failed = {rank: text for rank, (ok, text) in replies.items() if not ok}
+            if failed:
+                told = (f"rank {rank}:\n{text}" for rank, text in failed.items())
+                raise RankError("\n".join(told))
+            if len(replies) < world_size:
+                missing = sorted(set(range(world_size)) - set(replies))
+                raise TimeoutError(f"{name}: ranks {missing} did not finish in {timeout} s")
+        except BaseException:  # also a test's own timeout: the next call would read these replies
             self.close()
             raise
-        failed = {rank: text for rank, (ok, text) in replies.items() if not ok}
-        if failed:
-            self.close()
-            raise RankError("\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items()))
-        if len(replies) < world_size:
-            self.close()
-            missing = sorted(set(range(world_size)) - set(replies))
-            raise TimeoutError(f"{name}: ranks {missing} did not finish in {timeout} s")
         return [replies[rank][1] for rank in range(world_size)]
 
     def close(self) -> None:

@@ -52,8 +52,10 @@ def thread(held: Held) -> Iterator[LoopThread]:
     assert thread.loop.is_closed() and held.opened == 0
 
 
-def asked(thread: LoopThread, held: Held) -> tuple[threading.Thread, list[BaseException]]:
-    """Another thread that waits for `Held.work`."""
+def asked(
+    thread: LoopThread, held: Held, *, until: threading.Event | None = None
+) -> tuple[threading.Thread, list[BaseException]]:
+    """Another thread that waits for `Held.work`; returns when that runs, or at ``until``."""
     told: list[BaseException] = []
 
     def ask() -> None:
@@ -64,7 +66,7 @@ def asked(thread: LoopThread, held: Held) -> tuple[threading.Thread, list[BaseEx
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert held.running.wait(5.0)
+    assert (until or held.running).wait(5.0)
     return asking, told
 
 
@@ -145,17 +147,7 @@ def test_work_that_is_handed_over_while_it_closes_is_ended(
         return submit(work, loop)
 
     monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", late)
-    told: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            thread.run(held.work())
-        except BaseException as error:
-            told.append(error)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    assert handed.wait(5.0)
+    asking, told = asked(thread, held, until=handed)
     thread.close()
     asking.join(5.0)
     assert [type(error) for error in told] == [LoopEnded]
